@@ -1,0 +1,183 @@
+"""Every op in plain PyTorch: the definition of correct, and the path that runs where Triton can't.
+
+The kernels package has the same names and signatures (a test compares them). Notation: B batch, H heads, T queries, S keys,
+D head size, C model width, V vocabulary, N rows. All ops are differentiable by autograd, take any strides and any floating
+dtype, and compute softmax and cross-entropy statistics in at least fp32.
+
+Dropout keeps each element with probability 1 - dropout_p and scales what it keeps by 1 / (1 - dropout_p). `seed=None` draws
+from torch's global generator exactly as `torch.nn.functional.dropout` does; an integer seed makes the call a pure function.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension; var is biased. x [..., C] -> x's shape and dtype."""
+    if weight.dtype == x.dtype:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    y = F.layer_norm(x.to(wide), weight.shape, weight.to(wide), None if bias is None else bias.to(wide), eps)
+    return y.to(x.dtype)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """total = residual + dropout(x); returns (layer_norm(total), total), both [..., C] in the residual's dtype."""
+    total = residual + _dropout(x, dropout_p, seed).to(residual.dtype)
+    return layer_norm(total, weight, bias, eps), total
+
+
+def softmax(x: Tensor, scale: float = 1.0, causal: bool = False) -> Tensor:
+    """softmax(scale * x) over the last dimension. With `causal`, x is [..., T, S] and query t sees keys 0 .. S - T + t.
+
+    A fully masked row gives zeros, as torch's scaled_dot_product_attention has it. Statistics are fp32 for 16-bit input.
+    """
+    scores = x.to(_at_least_float32(x.dtype)) * scale
+    if causal:
+        scores = scores.masked_fill(~causal_mask(x.shape[-2], x.shape[-1], x.device), -math.inf)
+    return _safe_softmax(scores).to(x.dtype)
+
+
+def gelu(x: Tensor, approximate: str = "tanh") -> Tensor:
+    """GELU; "tanh" is GPT-2's approximation, "none" the exact erf form."""
+    return F.gelu(x, approximate=approximate)
+
+
+def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "tanh") -> Tensor:
+    """gelu(x + bias), x [..., C], bias [C]."""
+    return F.gelu(x + bias.to(x.dtype), approximate=approximate)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """activation(x @ weight.T + bias). x [..., K], weight [N, K], bias [N] -> [..., N]. `activation` in ACTIVATIONS or None."""
+    return activate(F.linear(x, weight, bias), activation)
+
+
+def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str = "gelu_tanh") -> Tensor:
+    """linear(linear(x, w1, b1, activation), w2, b2): the two layers of a transformer's feed-forward part."""
+    return F.linear(activate(F.linear(x, w1, b1), activation), w2, b2)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = True,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """softmax(scale * q @ k.T) @ v. q [B, H, T, D], k and v [B, H, S, D] -> [B, H, T, D]; scale defaults to D ** -0.5.
+
+    `causal` is aligned to the end: query t sees keys 0 .. S - T + t, so that the queries may be the last T of S positions. A
+    query that sees no key gives zeros. Dropout acts on the probabilities.
+    """
+    T, S = q.shape[-2], k.shape[-2]
+    if dropout_p > 0.0:
+        return _dropout(attention_probabilities(q, k, causal, scale), dropout_p, seed) @ v
+    if not causal or T == 1 <= S:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if T == S:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    if T < S:
+        mask = causal_mask(T, S, q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return attention_probabilities(q, k, causal, scale) @ v
+
+
+def attention_probabilities(q: Tensor, k: Tensor, causal: bool = True, scale: float | None = None) -> Tensor:
+    """The [B, H, T, S] matrix that `attention` never shows: who attends to whom, before dropout."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return softmax(q @ k.transpose(-2, -1), scale=scale, causal=causal)
+
+
+def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
+    """A few new queries against a cache. q [B, H, T, D], caches [B, H, S, D], lengths int32 [B] -> [B, H, T, D].
+
+    Row b's cache holds lengths[b] positions, the last T of which are the queries' own; query t sees keys
+    0 .. lengths[b] - T + t. What lies behind lengths[b] is never read into the result, NaN included. A row of length 0 gives
+    zeros.
+    """
+    T, S = q.shape[-2], k_cache.shape[-2]
+    last_key = lengths.to(torch.int64)[:, None] - T + torch.arange(T, device=q.device)
+    visible = torch.arange(S, device=q.device) <= last_key[:, :, None]  # [B, T, S]
+    if T == 1 and bool(visible.all()):
+        return F.scaled_dot_product_attention(q, k_cache, v_cache)
+    unused = (torch.arange(S, device=q.device) >= lengths[:, None])[:, None, :, None]
+    k, v = k_cache.masked_fill(unused, 0.0), v_cache.masked_fill(unused, 0.0)
+    scores = (q @ k.transpose(-2, -1)).to(_at_least_float32(q.dtype)) * q.shape[-1] ** -0.5
+    return _safe_softmax(scores.masked_fill(~visible[:, None], -math.inf)).to(q.dtype) @ v
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+    """Cross-entropy of logits [N, V] with targets int64 [N]. "mean" divides by the targets that aren't `ignore_index`.
+
+    The result is fp32 (float64 for float64 logits). As in torch, the mean over no targets is NaN.
+    """
+    return F.cross_entropy(logits.to(_at_least_float32(logits.dtype)), targets, ignore_index=ignore_index, reduction=reduction)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """cross_entropy(x @ weight.T + bias, targets). x [N, C], weight [V, C], bias [V], targets int64 [N]."""
+    return cross_entropy(F.linear(x, weight, bias), targets, ignore_index, reduction)
+
+
+def activate(x: Tensor, activation: str | None) -> Tensor:
+    """Apply one of ACTIVATIONS, or nothing for None."""
+    if activation is None:
+        return x
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation == "relu":
+        return F.relu(x)
+    raise ValueError(f"activation must be None or one of {ACTIVATIONS}, got {activation!r}")
+
+
+def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
+    """Boolean [T, S], True where query t may see key s, aligned to the end."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+def _safe_softmax(scores: Tensor) -> Tensor:
+    masked = scores.isneginf().all(dim=-1, keepdim=True)
+    return torch.softmax(scores, dim=-1).masked_fill(masked, 0.0)
+
+
+def _dropout(x: Tensor, p: float, seed: int | None) -> Tensor:
+    if p == 0.0:
+        return x
+    if seed is None:
+        return F.dropout(x, p)
+    if p == 1.0:
+        return x * 0.0
+    generator = torch.Generator(device=x.device).manual_seed(seed)
+    keep = torch.rand(x.shape, device=x.device, generator=generator) >= p
+    return x * keep.to(x.dtype) / (1.0 - p)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

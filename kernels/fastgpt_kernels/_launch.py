@@ -1,0 +1,162 @@
+"""How every kernel is launched, registered with torch, and recorded for ahead-of-time compiling.
+
+`launch(kernel, grid, *args, **constants)` is the only place that starts a Triton kernel. It selects the tensors' own device
+and, inside `record(arch)`, writes the launch down instead of making it: run an op on meta tensors there, and what is
+recorded is what production would launch on that architecture.
+
+`register` makes a launcher a `torch.library` op under the namespace `fastgpt`, so that it survives `torch.compile(fullgraph=True)` and
+passes `torch.library.opcheck`. Plain `define` and `impl` cost a third of `torch.library.custom_op` per call
+(https://github.com/meta-pytorch/attention-gym, .agents/skills/validating-pytorch-custom-ops); autograd stays outside, in each
+file's `torch.autograd.Function`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+# Streaming multiprocessors of the full chip that people have per architecture; only grids of persistent kernels use them.
+SM_COUNT = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+
+
+class Launch(NamedTuple):
+    """One recorded kernel launch."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+_recording: list[Launch] | None = None
+_recording_arch = 90
+
+
+@contextlib.contextmanager
+def record(arch: int) -> Iterator[list[Launch]]:
+    """Collect launches instead of making them, as if the current device were of compute capability `arch` (90 is sm90)."""
+    global _recording, _recording_arch
+    previous = _recording, _recording_arch
+    _recording, _recording_arch = [], arch
+    try:
+        yield _recording
+    finally:
+        _recording, _recording_arch = previous
+
+
+def recording() -> bool:
+    return _recording is not None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+    """Start `kernel[grid](*args, **kwargs)` on the device of its first tensor; an empty grid is a no-op."""
+    if 0 in grid:
+        return
+    if _recording is not None:
+        _recording.append(Launch(kernel, grid, args, kwargs))
+        return
+    tensor = next(a for a in args if isinstance(a, Tensor))
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        with torch.cuda.device(tensor.device):
+            kernel[grid](*args, **kwargs)
+    else:
+        kernel[grid](*args, **kwargs)
+
+
+def arch(device: torch.device) -> int:
+    """Compute capability as one number (90 is sm90); the interpreter counts as sm90."""
+    if _recording is not None:
+        return _recording_arch
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of the device."""
+    if _recording is not None:
+        return SM_COUNT.get(_recording_arch, 132)
+    if device.type != "cuda":
+        return 4  # the interpreter runs programs one after another: a small grid keeps it quick and still shares rows
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless `condition`."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_device(op: str, **tensors: Tensor | None) -> None:
+    """All tensors on one device that can run Triton: CUDA, or any device under the interpreter or while recording."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    devices = {str(t.device) for t in given.values()}
+    if len(devices) != 1:
+        raise ValueError(f"{op}: all tensors must be on one device, got " + ", ".join(f"{n} on {t.device}" for n, t in given.items()))
+    tensor = next(iter(given.values()))
+    if not (tensor.is_cuda or INTERPRETING or _recording is not None or torch.compiler.is_compiling()):
+        raise ValueError(
+            f"{op}: Triton kernels need CUDA tensors, got {tensor.device}. Move the tensors to a GPU, use the reference backend, "
+            "or set TRITON_INTERPRET=1 before Python starts to run the kernels slowly on the CPU."
+        )
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_float(op: str, **tensors: Tensor | None) -> None:
+    """Every tensor is fp16, bf16, fp32 or fp64."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in _FLOATS:
+            raise ValueError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+
+
+_libraries: dict[str, torch.library.Library] = {}
+
+
+def register(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: make the launcher `impl` the torch op `fastgpt::<name>` of `schema`, with `fake` giving its output shapes.
+
+    schema: e.g. "_layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)".
+    The decorated name calls the op; inside `record` it calls the launcher itself, since ops on meta tensors run only `fake`.
+    """
+
+    def decorate(impl: Callable[..., Any]) -> Callable[..., Any]:
+        # A mutated copy of a kernel module (tests) registers beside the original, under its own module's name.
+        package, _, _ = impl.__module__.partition(".")
+        namespace = "fastgpt" if package == "fastgpt_kernels" else impl.__module__.replace(".", "_")
+        library = _libraries.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
+        name = schema[: schema.index("(")]
+        library.define(schema)
+        for key in ("CUDA", "CPU"):
+            library.impl(name, impl, key)
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        op = getattr(getattr(torch.ops, namespace), name).default
+
+        def call(*args: Any) -> Any:
+            return impl(*args) if _recording is not None else op(*args)
+
+        call.__name__, call.__doc__ = impl.__name__, impl.__doc__
+        call.op = op  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def dropout_seed(device: torch.device, seed: int | None) -> Tensor:
+    """The int64 [1] tensor that dropout kernels read: `seed`, or a draw from torch's generator of that device.
+
+    A tensor rather than a number, so that a captured CUDA graph draws anew on each replay, `torch.manual_seed` reproduces, and
+    activation checkpointing (which restores the generator) sees the same mask.
+    """
+    if seed is None:
+        return torch.randint(0, 2**31 - 1, (1,), device=device, dtype=torch.int64)
+    return torch.full((1,), seed, device=device, dtype=torch.int64)

@@ -1,0 +1,29 @@
+"""The one comparator of the suite: at most twice the error that PyTorch itself makes in the same dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def assert_as_accurate_as_torch(ours: Tensor, torch_same_dtype: Tensor, exact: Tensor, name: str = "result") -> None:
+    """err(ours) <= 2 * err(torch) + one rounding of the dtype, against float64 `exact`, on the maximum and on the RMS.
+
+    NaN and Inf must stand where float64 has them. float64 results are held to 4096 roundings, since there torch is the truth.
+    """
+    assert ours.dtype == torch_same_dtype.dtype, f"{name}: dtype {ours.dtype}, torch gives {torch_same_dtype.dtype}"
+    assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
+    if exact.numel() == 0:
+        return
+    ours64, torch64, exact = ours.detach().double().cpu(), torch_same_dtype.detach().double().cpu(), exact.detach().cpu()
+    # Where the low precision overflows, torch's own result says what is right.
+    odd = ~torch64.isfinite() | ~exact.isfinite()
+    torch.testing.assert_close(ours64[odd], torch64[odd], rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{name}: {m}")
+    ours64, torch64, exact = ours64[~odd], torch64[~odd], exact[~odd]
+    if exact.numel() == 0:
+        return
+    assert ours64.isfinite().all(), f"{name}: {int((~ours64.isfinite()).sum())} values are not finite"
+    rounding = torch.finfo(ours.dtype).eps * (4096 if ours.dtype == torch.float64 else 1)
+    for norm, measure in (("max", lambda e: e.abs().max().item()), ("rms", lambda e: e.square().mean().sqrt().item())):
+        error, allowed = measure(ours64 - exact), 2 * measure(torch64 - exact) + rounding * measure(exact)
+        assert error <= allowed, f"{name}: {norm} error {error:.3e} over {allowed:.3e} (twice torch's, plus one rounding)"
