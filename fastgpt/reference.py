@@ -68,7 +68,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
     return activate(F.linear(x, weight, bias), activation)
 
 
-def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str = "gelu_tanh") -> Tensor:
+def mlp(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str = "gelu_tanh"
+) -> Tensor:
     """linear(linear(x, w1, b1, activation), w2, b2): the two layers of a transformer's feed-forward part."""
     return F.linear(activate(F.linear(x, w1, b1), activation), w2, b2)
 
@@ -129,7 +131,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, red
 
     The result is fp32 (float64 for float64 logits). As in torch, the mean over no targets is NaN.
     """
-    return F.cross_entropy(logits.to(_at_least_float32(logits.dtype)), targets, ignore_index=ignore_index, reduction=reduction)
+    return F.cross_entropy(
+        logits.to(_at_least_float32(logits.dtype)), targets, ignore_index=ignore_index, reduction=reduction
+    )
 
 
 def linear_cross_entropy(

@@ -15,7 +15,11 @@ def assert_as_accurate_as_torch(ours: Tensor, torch_same_dtype: Tensor, exact: T
     assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
     if exact.numel() == 0:
         return
-    ours64, torch64, exact = ours.detach().double().cpu(), torch_same_dtype.detach().double().cpu(), exact.detach().cpu()
+    ours64, torch64, exact = (
+        ours.detach().double().cpu(),
+        torch_same_dtype.detach().double().cpu(),
+        exact.detach().cpu(),
+    )
     # Where the low precision overflows, torch's own result says what is right.
     odd = ~torch64.isfinite() | ~exact.isfinite()
     torch.testing.assert_close(ours64[odd], torch64[odd], rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{name}: {m}")
@@ -26,4 +30,6 @@ def assert_as_accurate_as_torch(ours: Tensor, torch_same_dtype: Tensor, exact: T
     rounding = torch.finfo(ours.dtype).eps * (4096 if ours.dtype == torch.float64 else 1)
     for norm, measure in (("max", lambda e: e.abs().max().item()), ("rms", lambda e: e.square().mean().sqrt().item())):
         error, allowed = measure(ours64 - exact), 2 * measure(torch64 - exact) + rounding * measure(exact)
-        assert error <= allowed, f"{name}: {norm} error {error:.3e} over {allowed:.3e} (twice torch's, plus one rounding)"
+        assert error <= allowed, (
+            f"{name}: {norm} error {error:.3e} over {allowed:.3e} (twice torch's, plus one rounding)"
+        )

@@ -1,0 +1,44 @@
+# Every target makes the virtual environment when it is missing; nothing has to be typed first.
+#
+#   make demo    the bundled model writes text; generation with and without the KV cache
+#   make test    the whole suite: reference, Triton interpreter, ahead-of-time compiling, and on a GPU the gpu lane
+#   make bench   benchmarks beside transformers and llms_from_scratch, where they are installed
+#   make lint    ruff and mypy
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# Two workers suit two cores; each computes with one thread.
+WORKERS ?= 2
+
+.PHONY: demo test bench lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/fastgpt demo
+
+test: $(VENV)/.tested
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
+
+bench: $(VENV)/.tested
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,max,rounds --benchmark-sort=fullname -s
+
+lint: $(VENV)/.tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch and triton first and alone, so that the resolver takes the pinned wheels and nothing larger. Triton has no wheel for
+# macOS or Windows; there the reference path is all there is.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llms-from-scratch==1.0.19 # its own dependencies include TensorFlow
+	touch $@
+
+clean:
+	rm -rf $(VENV)

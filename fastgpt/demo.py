@@ -1,0 +1,82 @@
+"""`fastgpt demo`: the bundled model writes some Python, then shows what the KV cache is worth and which code ran."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+
+from fastgpt.generation import Step, generate
+from fastgpt.info import ops_table
+from fastgpt.model import GPTModel
+from fastgpt.tokenizer import load_tokenizer
+from fastgpt.weights import BUNDLED
+
+PROMPT = '''def read_lines(path, encoding="utf-8"):
+    """Return the lines of a text file, without their line ends."""
+'''
+LENGTHS = (64, 256, 1024)
+NEW_TOKENS = 24
+
+
+def run(device: torch.device, max_new_tokens: int, seed: int) -> int:
+    """Print the demo; returns 1 if generation with and without the cache ever disagree, else 0."""
+    model = GPTModel.from_pretrained("bundled").to(device)
+    tokenizer = load_tokenizer(BUNDLED)
+    config = model.config
+    print(
+        f"The bundled model: {config.num_parameters / 1e6:.1f}M parameters, {config.n_layers} layers, width {config.emb_dim}, "
+        f"context {config.context_length}, trained on CPython's standard library. It runs on {device}"
+        + (f" with {torch.get_num_threads()} threads." if device.type == "cpu" else ".")
+    )
+    print("\n--- It continues a Python function ---\n")
+    sys.stdout.write(PROMPT)
+    decoder = tokenizer.stream()
+    steps = generate(
+        model,
+        [tokenizer.encode(PROMPT)],
+        max_new_tokens,
+        temperature=0.6,
+        top_p=0.9,
+        stop_tokens=() if tokenizer.end_of_text is None else (tokenizer.end_of_text,),
+        generator=torch.Generator(device=device).manual_seed(seed),
+        stream=True,
+    )
+    for step in cast(Iterator[Step], steps):
+        if step.tokens[0] is not None and step.tokens[0] != tokenizer.end_of_text:
+            sys.stdout.write(decoder.add(step.tokens[0]))
+            sys.stdout.flush()
+    print(decoder.finish())
+
+    print(f"\n--- Tokens per second, batch 1, over the last {NEW_TOKENS - 1} tokens of a text of each length ---\n")
+    print(f"{'length':>8}{'with KV cache':>16}{'without':>12}{'ratio':>8}   same tokens")
+    agree = True
+    # Shuffled text, so that greedy decoding meets no easy repetition.
+    words = tokenizer.encode(PROMPT * 40)
+    random.Random(0).shuffle(words)
+    for length in LENGTHS:
+        prompt = (words * (length // len(words) + 1))[: length - NEW_TOKENS]
+        cached_tokens, cached = _rate(model, prompt, use_cache=True)
+        plain_tokens, plain = _rate(model, prompt, use_cache=False)
+        same = cached_tokens == plain_tokens
+        agree = agree and same
+        print(f"{length:>8}{cached:>16,.0f}{plain:>12,.0f}{cached / plain:>7.1f}x   {'yes' if same else 'NO'}")
+
+    print("\n--- Which code ran, and why ---\n")
+    print(ops_table(device))
+    return 0 if agree else 1
+
+
+def _rate(model: GPTModel, prompt: list[int], use_cache: bool) -> tuple[list[int], float]:
+    """Greedy tokens, and tokens per second after the first one (which pays for reading the prompt)."""
+    tokens: list[int] = []
+    started = 0.0
+    for step in cast(Iterator[Step], generate(model, [prompt], NEW_TOKENS, use_cache=use_cache, stream=True)):
+        if not tokens:
+            started = time.perf_counter()
+        tokens += [token for token in step.tokens if token is not None]
+    return tokens, (len(tokens) - 1) / (time.perf_counter() - started)

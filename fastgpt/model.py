@@ -1,0 +1,385 @@
+"""GPTModel and its parts, with the module tree and parameter names of "Build a Large Language Model (From Scratch)".
+
+    tok_emb, pos_emb, drop_emb
+    trf_blocks.i.att.{W_query, W_key, W_value, out_proj}    trf_blocks.i.ff.layers.{0, 1, 2}    trf_blocks.i.{norm1, norm2}
+    final_norm.{scale, shift}    out_head
+
+Same draws from the random generator as upstream (https://github.com/rasbt/LLMs-from-scratch, ch04), same dropout places. The
+hot path goes through fastgpt.ops. A submodule that a user swapped, hooked or parametrized is called as a module; only plain
+ones are fused with their neighbours. Blocks are always called as modules, so that hooks and sharding wrappers fire.
+
+Shapes: B batch, T time, C emb_dim, H heads, D head_dim, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeGuard, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt import generation, ops, weights
+from fastgpt.cache import KVCache
+from fastgpt.config import ContextLengthError, GPTConfig, TokenIdError
+
+
+class LayerNorm(nn.Module):
+    """Layer normalization with upstream's names: scale [C], shift [C] or None."""
+
+    def __init__(self, emb_dim: int, eps: float = 1e-5, bias: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(emb_dim))
+        self.shift = nn.Parameter(torch.zeros(emb_dim)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.scale, self.shift, self.eps)
+
+
+class Activation(nn.Module):
+    """gelu_tanh, gelu or relu."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.name == "relu":
+            return torch.relu(x)
+        return ops.gelu(x, "tanh" if self.name == "gelu_tanh" else "none")
+
+    def extra_repr(self) -> str:
+        return self.name
+
+
+class FeedForward(nn.Module):
+    """Linear, activation, Linear; four times as wide inside."""
+
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(cfg.emb_dim, cfg.hidden_dim, bias=cfg.bias),
+            Activation(cfg.activation),
+            nn.Linear(cfg.hidden_dim, cfg.emb_dim, bias=cfg.bias),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = self.layers
+        if _plain(layers, nn.Sequential) and len(layers) == 3:
+            first, act, second = layers[0], layers[1], layers[2]
+            if _plain(first, nn.Linear) and _plain(act, Activation) and _plain(second, nn.Linear):
+                return ops.mlp(x, first.weight, first.bias, second.weight, second.bias, act.name)
+        return layers(x)
+
+
+class MultiHeadAttention(nn.Module):
+    """Self-attention over H heads; queries, keys and values come from three Linears, as upstream."""
+
+    def __init__(self, cfg: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.layer, self.causal = cfg.n_heads, cfg.head_dim, layer, cfg.causal
+        self.W_query = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.qkv_bias)
+        self.W_key = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.qkv_bias)
+        self.W_value = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.qkv_bias)
+        self.out_proj = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.bias)
+        self.dropout = nn.Dropout(cfg.drop_rate if cfg.attn_drop_rate is None else cfg.attn_drop_rate)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, starts: list[int] | None = None) -> Tensor:
+        """x [B, T, C] -> [B, T, C]. With a cache, T positions are appended at each row's `starts` and attend to all before."""
+        q, k, v = self.project(x)
+        if cache is None or starts is None:
+            out = ops.attention(q, k, v, self.causal, dropout_p=self.dropout.p if self.training else 0.0)
+        else:
+            keys, values = cache.write(self.layer, starts, k, v)
+            if max(starts) == 0:
+                out = ops.attention(q, k, v, causal=True)
+            elif len(set(starts)) == 1 and q.shape[2] > 1:
+                out = ops.attention(q, keys, values, causal=True)
+            else:
+                out = ops.decode_attention(q, keys, values, cache.device_lengths)
+        B, T, C = x.shape
+        return self.out_proj(out.transpose(1, 2).reshape(B, T, C))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, C] -> queries, keys, values [B, H, T, D] each, as views of the projections' output."""
+        B, T, _ = x.shape
+        linears = (self.W_query, self.W_key, self.W_value)
+        if x.is_cuda and all(_plain(linear, nn.Linear) for linear in linears):
+            # One GEMM reads x once; the cat of three C x C weights is 0.1% of it at B * T = 16k.
+            weight = torch.cat([linear.weight for linear in linears])
+            bias = None if self.W_query.bias is None else torch.cat([linear.bias for linear in linears])
+            packed = ops.linear(x, weight, bias).view(B, T, 3, self.num_heads, self.head_dim)
+            q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
+            return q, k, v
+        q, k, v = (linear(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2) for linear in linears)
+        return q, k, v
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(prefix + "mask", None)  # upstream's causal mask, a buffer that says nothing
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward, each on a residual branch with dropout; norms before (pre) or after (post) the sum."""
+
+    def __init__(self, cfg: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.pre_norm = cfg.norm_position == "pre"
+        self.att = MultiHeadAttention(cfg, layer)
+        self.ff = FeedForward(cfg)
+        self.norm1 = LayerNorm(cfg.emb_dim, cfg.norm_eps, cfg.bias)
+        self.norm2 = LayerNorm(cfg.emb_dim, cfg.norm_eps, cfg.bias)
+        self.drop_shortcut = nn.Dropout(cfg.drop_rate)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, starts: list[int] | None = None) -> Tensor:
+        """x [B, T, C] -> [B, T, C]"""
+        if self.pre_norm:
+            y, x = self._add_norm(self.att(self.norm1(x), cache, starts), x, self.norm2)
+            return x + self.drop_shortcut(self.ff(y))
+        x, _ = self._add_norm(self.att(x, cache, starts), x, self.norm1)
+        x, _ = self._add_norm(self.ff(x), x, self.norm2)
+        return x
+
+    def _add_norm(self, branch: Tensor, x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """(norm(total), total) with total = x + dropout(branch)."""
+        if _plain(norm, LayerNorm) and _plain(self.drop_shortcut, nn.Dropout):
+            p = self.drop_shortcut.p if self.training else 0.0
+            return ops.add_layer_norm(branch, x, norm.scale, norm.shift, norm.eps, p)
+        total = x + self.drop_shortcut(branch)
+        return norm(total), total
+
+
+class GPTModel(nn.Module):
+    """A GPT-2-family language model.
+
+        model = GPTModel({"vocab_size": 50257, "context_length": 1024, "emb_dim": 768, "n_heads": 12, "n_layers": 12,
+                          "drop_rate": 0.1, "qkv_bias": False})
+        logits = model(idx)
+
+    Args:
+        cfg: the seven-key dict of "Build a Large Language Model (From Scratch)", or a GPTConfig, whose further fields make
+            GPT-2, nanoGPT's GPT or the post-norm ReLU GPT of older tutorials of the same class.
+
+    Raises:
+        ValueError: a bad config (ConfigKeyError, HeadSizeError; see GPTConfig), ids outside the vocabulary (TokenIdError), more
+            positions than context_length (ContextLengthError). The last two are IndexErrors too.
+    """
+
+    def __init__(self, cfg: GPTConfig | Mapping[str, Any]) -> None:
+        super().__init__()
+        config = cfg if isinstance(cfg, GPTConfig) else GPTConfig.from_dict(cfg)
+        self.config = config
+        self.tok_emb = nn.Embedding(config.padded_vocab_size, config.emb_dim)
+        self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
+        self.drop_emb = nn.Dropout(config.drop_rate if config.emb_drop_rate is None else config.emb_drop_rate)
+        self.trf_blocks = nn.Sequential(*[TransformerBlock(config, layer) for layer in range(config.n_layers)])
+        self.final_norm = LayerNorm(config.emb_dim, config.norm_eps, config.bias)
+        self.out_head = nn.Linear(config.emb_dim, config.padded_vocab_size, bias=config.head_bias)
+        if config.tie_weights:
+            self.out_head.weight = self.tok_emb.weight
+        if config.init == "gpt2":
+            self._init_gpt2()
+
+    def _init_gpt2(self) -> None:
+        """N(0, 0.02), zero biases, residual projections N(0, 0.02 / sqrt(2 n_layers)); draws in nanoGPT's order.
+
+        https://github.com/karpathy/nanoGPT/blob/master/model.py: every module once (a tied head draws the embedding again),
+        then the residual projections again.
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, mean=0.0, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for block in cast("list[TransformerBlock]", self.trf_blocks):
+            for projection in (block.att.out_proj, cast(nn.Linear, block.ff.layers[2])):
+                nn.init.normal_(projection.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layers))
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None, *, logits_at: Tensor | None = None) -> Tensor:
+        """Logits of the next token at every position.
+
+        Args:
+            idx: int32 or int64 [B, T], T >= 1.
+            cache: appends the T positions to it and attends to all that it holds. Without one, the T positions are all there is.
+            logits_at: int64 [B], the one position of each row whose logits are wanted; the head runs on nothing else.
+
+        Returns:
+            [B, T, V], or [B, 1, V] with logits_at, in the model's dtype.
+        """
+        x = self.hidden_states(idx, cache)
+        if logits_at is not None:
+            x = x[torch.arange(x.shape[0], device=x.device), logits_at].unsqueeze(1)
+        return self.out_head(x)[..., : self.config.vocab_size]
+
+    def hidden_states(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What the head reads: the final norm's output [B, T, C]. Arguments and errors as `forward`."""
+        self._check(idx, cache)
+        T = idx.shape[1]
+        if cache is None:
+            x = self.drop_emb(self.tok_emb(idx) + self.pos_emb(torch.arange(T, device=idx.device)))
+            return self.final_norm(self.trf_blocks(x))
+        if not self.config.causal:
+            raise ValueError("a model with causal=False has no KV cache: every position attends to later ones too")
+        starts = cache.start(T)
+        if len(set(starts)) == 1:
+            positions = torch.arange(starts[0], starts[0] + T, device=idx.device)
+        else:
+            positions = torch.tensor(starts, device=idx.device)[:, None] + torch.arange(T, device=idx.device)
+        x = self.drop_emb(self.tok_emb(idx) + self.pos_emb(positions))
+        for block in self.trf_blocks:
+            x = block(x, cache, starts)
+        return self.final_norm(x)
+
+    def loss(self, idx: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+        """Mean cross-entropy in nats of the logits at each position with `targets` int64 [B, T]; a scalar in fp32.
+
+        Head and cross-entropy are one op, which keeps no [B * T, V] logits. Targets equal to `ignore_index` don't count.
+        """
+        if targets.shape != idx.shape:
+            raise ValueError(f"targets must have idx's shape {tuple(idx.shape)}, got {tuple(targets.shape)}")
+        x, flat = self.hidden_states(idx).flatten(0, 1), targets.flatten().long()
+        head = self.out_head
+        if _plain(head, nn.Linear):
+            V = self.config.vocab_size
+            bias = None if head.bias is None else head.bias[:V]
+            return ops.linear_cross_entropy(x, head.weight[:V], flat, bias, ignore_index)
+        return ops.cross_entropy(head(x)[..., : self.config.vocab_size], flat, ignore_index)
+
+    @torch.no_grad()
+    def attention_weights(self, idx: Tensor) -> Tensor:
+        """Who attends to whom: the attention probabilities of every layer and head, fp32 [L, B, H, T, T], without dropout.
+
+        [l, b, h, t, s] is how much position t of row b takes from position s; each row of the last dimension sums to 1.
+        """
+        from fastgpt.reference import attention_probabilities
+
+        maps: list[Tensor] = []
+
+        def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+            assert isinstance(module, MultiHeadAttention)
+            q, k, _ = module.project(args[0])
+            maps.append(attention_probabilities(q.float(), k.float(), module.causal))
+
+        hooks = [m.register_forward_pre_hook(record) for m in self.modules() if isinstance(m, MultiHeadAttention)]
+        training = self.training
+        try:
+            self.eval()
+            self.hidden_states(idx)
+        finally:
+            self.train(training)
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(maps)
+
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop_tokens: Iterable[int] = (),
+        generator: torch.Generator | None = None,
+        overflow: str = "crop",
+        use_cache: bool = True,
+    ) -> Tensor:
+        """Continue every row of idx [B, T]; returns int64 [B, T + n], n <= max_new_tokens.
+
+        Args: those of `fastgpt.generate`. A row that meets a stop token keeps it and repeats it to the end of the longest row.
+        """
+        return generation.generate_tensor(
+            self,
+            idx,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop_tokens=stop_tokens,
+            generator=generator,
+            overflow=overflow,
+            use_cache=use_cache,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], *, dtype: torch.dtype | None = None, revision: str | None = None
+    ) -> GPTModel:
+        """Load a model: a directory or .safetensors file in a layout that fastgpt.weights knows, "bundled", or a hub name.
+
+        Args:
+            source: local files come first; else a name such as "gpt2" or "owner/name" on the Hugging Face hub (extra `hub`).
+            dtype: of the parameters; None keeps what the file has, except that 16-bit files become fp32 on the way in, as
+                transformers before 5 did, because a CPU computes fp32 best.
+            revision: of the hub repository.
+
+        Returns the model in eval mode on the CPU. Raises ValueError with every mismatch listed; nothing is half-loaded.
+        """
+        config, tensors = weights.load_pretrained(source, revision=revision)
+        with torch.device("meta"):
+            model = cls(config)
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to(
+                dtype or (torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype)
+            )
+        model.load_state_dict(weights.padded(tensors, config), assign=True)
+        if config.tie_weights:
+            model.out_head.weight = model.tok_emb.weight
+        return model.eval()
+
+    def save_pretrained(self, directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and model.safetensors, which transformers and vLLM read as GPT-2 where the config has that form.
+
+        Args:
+            directory: made when missing. Each file is written beside its place, synced and renamed.
+            dtype: stored dtype; None keeps the parameters' own.
+        """
+        weights.save_pretrained(self.config, self.state_dict(), directory, dtype=dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tok_emb.weight.device
+
+    def _check(self, idx: Tensor, cache: KVCache | None) -> None:
+        if idx.dim() != 2 or idx.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"idx must be int32 or int64 [B, T], got {idx.dtype} {list(idx.shape)}")
+        B, T = idx.shape
+        if T == 0:
+            raise ValueError("idx must hold at least one position a row, got T = 0")
+        if cache is not None and cache.batch_size != B:
+            raise ValueError(f"the KV cache has {cache.batch_size} rows, idx has {B}")
+        held = max(cache.lengths) if cache is not None else 0
+        if held + T > self.config.context_length:
+            raise ContextLengthError(
+                f"{held + T} positions ({held} cached, {T} new) are more than the context length {self.config.context_length}"
+            )
+        # A range check reads the ids, which a CPU does for nothing and a GPU only by waiting for its queue: there `generate`
+        # checks prompts before they are sent, and training data is checked where it is read.
+        if B and idx.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = (int(value) for value in torch.aminmax(idx))
+            if low < 0 or high >= self.config.vocab_size:
+                bad = low if low < 0 else high
+                raise TokenIdError(
+                    f"token id {bad} is outside the vocabulary of {self.config.vocab_size} (0 to {self.config.vocab_size - 1})"
+                )
+
+
+_M = TypeVar("_M", bound=nn.Module)
+
+
+def _plain(module: nn.Module, kind: type[_M]) -> TypeGuard[_M]:
+    """Exactly a `kind`, with nothing that calling it would run besides its own forward."""
+    return (
+        type(module) is kind
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )

@@ -1,0 +1,186 @@
+"""The one file that knows there are two implementations: picks `fastgpt_kernels` or `fastgpt.reference` per call.
+
+"auto" takes the Triton kernels for CUDA tensors of a supported dtype where Triton is installed, except for the ops listed in
+PREFER_TORCH, and the reference everywhere else. "triton" and "reference" force one; "triton" raises with the reason where it
+can't run. The choice is made by `use_backend`, else by the environment variable FASTGPT_BACKEND, else it is "auto".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastgpt import reference
+
+BACKENDS = ("auto", "triton", "reference")
+OPS = (
+    "layer_norm",
+    "add_layer_norm",
+    "softmax",
+    "gelu",
+    "bias_gelu",
+    "linear",
+    "mlp",
+    "attention",
+    "decode_attention",
+    "cross_entropy",
+    "linear_cross_entropy",
+)
+
+# Ops for which "auto" keeps PyTorch's own kernel on CUDA, each with its reason. A measured reason names its record.
+PREFER_TORCH: dict[str, str] = {
+    "linear": "a plain GEMM is cuBLAS's own ground; no fusion saves memory traffic here (not yet measured)",
+}
+
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MIN_CAPABILITY = (8, 0)  # Triton's tl.dot has no tensor-core path before Ampere
+
+_backend: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastgpt_backend", default=None)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run what is inside on one backend: "auto", "triton" or "reference"."""
+    token = _backend.set(_checked(name, "backend"))
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def current_backend() -> str:
+    """The backend in force here: `use_backend`'s, else FASTGPT_BACKEND's, else "auto"."""
+    chosen = _backend.get()
+    return chosen if chosen is not None else _checked(os.environ.get("FASTGPT_BACKEND", "auto"), "FASTGPT_BACKEND")
+
+
+def _checked(name: str, what: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{what} must be one of {BACKENDS}, got {name!r}")
+    return name
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton; Linux only)"
+    return None
+
+
+def triton_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels can't run on tensors of this device and dtype, or None if they can."""
+    if reason := _triton_missing():
+        return reason
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"tensors are on {device.type}; Triton kernels need a CUDA device"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
+        return f"compute capability {torch.cuda.get_device_capability(device)} is below {_MIN_CAPABILITY}"
+    if dtype not in _TRITON_DTYPES and not (interpreted and dtype == torch.float64):
+        return f"dtype {dtype} is not one of {[str(d) for d in _TRITON_DTYPES]}"
+    return None
+
+
+def explain(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """(implementation, reason) that a call of `op` gets here: ("triton" | "reference", why)."""
+    backend, unavailable = current_backend(), triton_unavailable(device, dtype)
+    if backend == "reference":
+        return "reference", "asked for"
+    if backend == "triton":
+        if unavailable:
+            raise ValueError(f"backend 'triton' was asked for, but {op} can't run there: {unavailable}")
+        return "triton", "asked for"
+    if unavailable:
+        return "reference", unavailable
+    if device.type != "cuda":
+        return "reference", f"tensors are on {device.type}; the interpreter runs only when asked for"
+    if op in PREFER_TORCH:
+        return "reference", PREFER_TORCH[op]
+    return "triton", f"CUDA tensors of {str(dtype).removeprefix('torch.')}"
+
+
+def _module(op: str, x: Tensor) -> ModuleType:
+    if current_backend() != "triton" and not x.is_cuda:  # the CPU path pays for one comparison, no more
+        return reference
+    if explain(op, x.device, x.dtype)[0] == "reference":
+        return reference
+    import fastgpt_kernels
+
+    return fastgpt_kernels
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    return _module("layer_norm", x).layer_norm(x, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    return _module("add_layer_norm", x).add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed)
+
+
+def softmax(x: Tensor, scale: float = 1.0, causal: bool = False) -> Tensor:
+    return _module("softmax", x).softmax(x, scale, causal)
+
+
+def gelu(x: Tensor, approximate: str = "tanh") -> Tensor:
+    return _module("gelu", x).gelu(x, approximate)
+
+
+def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "tanh") -> Tensor:
+    return _module("bias_gelu", x).bias_gelu(x, bias, approximate)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    return _module("linear", x).linear(x, weight, bias, activation)
+
+
+def mlp(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str = "gelu_tanh"
+) -> Tensor:
+    return _module("mlp", x).mlp(x, w1, b1, w2, b2, activation)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = True,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    return _module("attention", q).attention(q, k, v, causal, scale, dropout_p, seed)
+
+
+def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
+    return _module("decode_attention", q).decode_attention(q, k_cache, v_cache, lengths)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+    return _module("cross_entropy", logits).cross_entropy(logits, targets, ignore_index, reduction)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    return _module("linear_cross_entropy", x).linear_cross_entropy(x, weight, targets, bias, ignore_index, reduction)

@@ -1,0 +1,97 @@
+"""From logits to token ids: filters, one draw, no device synchronization.
+
+The order is transformers': repetition penalty, temperature, top-k, top-p, min-p, softmax, draw. With only temperature and top-k
+it is nanoGPT's and the book's as well. The draw is one `torch.multinomial` on fp32 probabilities for the whole batch, so that
+one seed gives the same tokens in all four.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INVALID = -1  # the token of a row that has NaN, +Inf or nothing but -Inf logits
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the most likely token (the first of equals); else logits are divided by it.
+        top_k: keep the k most likely, and all that tie with the k-th; None or a k over the vocabulary keeps all.
+        top_p: keep the smallest set of most likely tokens whose probabilities sum to at least this.
+        min_p: keep tokens at least this fraction as likely as the most likely one.
+        repetition_penalty: divides the positive logits of tokens already in the row, and multiplies the negative ones.
+
+    Raises ValueError naming the value and what was expected.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
+            raise ValueError(f"temperature must be a number of at least 0, got {self.temperature}")
+        if self.top_k is not None and (
+            isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1
+        ):
+            raise ValueError(f"top_k must be None or a whole number of at least 1, got {self.top_k!r}")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} must be None or a number from 0 to 1, got {value}")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0):
+            raise ValueError(f"repetition_penalty must be a number over 0, got {self.repetition_penalty}")
+
+
+def sample(
+    logits: Tensor, params: SamplingParams, seen: Tensor | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """Choose one token a row. logits [B, V] -> int64 [B], INVALID where a row's logits are not usable.
+
+    Args:
+        logits: any floating dtype; they are read in fp32.
+        params: the filters.
+        seen: bool [B, V], the tokens that the repetition penalty applies to; needed only when it isn't 1.
+        generator: of the draw; None is torch's global one.
+    """
+    logits = logits.float()
+    usable = logits.amax(dim=-1).isfinite()
+    if params.repetition_penalty != 1.0 and seen is not None:
+        penalized = torch.where(logits < 0, logits * params.repetition_penalty, logits / params.repetition_penalty)
+        logits = torch.where(seen, penalized, logits)
+    if params.temperature == 0.0:
+        return torch.where(usable, logits.argmax(dim=-1), INVALID)
+    # Unusable rows draw from zeros instead: NaN probabilities would kill a CUDA context, and the draw's shape must not change.
+    logits = (
+        torch.where(usable[:, None], logits, 0.0)
+        if params.temperature == 1.0
+        else (torch.where(usable[:, None], logits, 0.0) / params.temperature)
+    )
+    probabilities = torch.softmax(filtered(logits, params), dim=-1)
+    drawn = torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(1)
+    return torch.where(usable, drawn, INVALID)
+
+
+def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
+    """logits [B, V] with -Inf where top-k, top-p or min-p drop a token; at least one token a row stays."""
+    if params.top_k is not None and params.top_k < logits.shape[-1]:
+        kth = logits.topk(params.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if params.top_p is not None and params.top_p < 1.0:
+        ascending, order = logits.sort(dim=-1)
+        drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - params.top_p
+        drop[:, -1] = False
+        logits = logits.masked_fill(drop.scatter(1, order, drop), -math.inf)
+    if params.min_p is not None:
+        probabilities = logits.softmax(dim=-1)
+        drop = probabilities < params.min_p * probabilities.amax(dim=-1, keepdim=True)
+        logits = logits.masked_fill(drop, -math.inf)
+    return logits

@@ -1,0 +1,314 @@
+"""Text to ids and back: GPT-2's byte-pair encoding, any tiktoken rank file, characters or words.
+
+Text is encoded as ordinary text: the string "<|endoftext|>" in a prompt becomes the characters it is made of, unless the
+special token is asked for by `allowed_special`. Decoding is incremental where wanted and never emits half a character.
+
+A saved tokenizer is `fastgpt_tokenizer.json`, with the ranks of a byte-pair encoding beside it in `tokenizer.tiktoken`
+(tiktoken's format: a base64 token and its rank a line).
+"""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import json
+import os
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgpt.files import write_text
+
+if TYPE_CHECKING:
+    import tiktoken
+
+END_OF_TEXT = "<|endoftext|>"
+
+# How GPT-2 cuts text before merging: https://github.com/openai/gpt-2/blob/master/src/encoder.py
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+FILE = "fastgpt_tokenizer.json"
+RANKS = "tokenizer.tiktoken"
+
+# A prompt or file longer than this is cut into pieces at line ends before encoding: tiktoken's regular expressions keep a stack
+# that one huge piece can exhaust (https://github.com/openai/tiktoken/issues/400).
+PIECE_CHARACTERS = 1_000_000
+
+
+class Tokenizer:
+    """Text <-> token ids.
+
+    Attributes:
+        n_vocab: ids run from 0 to n_vocab - 1.
+        end_of_text: the id of "<|endoftext|>", or None where there is none (character and word level).
+    """
+
+    n_vocab: int
+    end_of_text: int | None
+
+    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
+        """Ids of `text`; special tokens are recognized only if named in `allowed_special`."""
+        raise NotImplementedError
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """UTF-8 bytes of ids; ValueError for an id outside the vocabulary. A cut may fall inside a character."""
+        raise NotImplementedError
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the files that `load_tokenizer(directory)` reads."""
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def stream(self) -> StreamDecoder:
+        """A decoder to feed with ids one by one."""
+        return StreamDecoder(self)
+
+    def _outside(self, token: int) -> ValueError:
+        return ValueError(f"token id {token} is outside the vocabulary of {self.n_vocab}")
+
+
+class StreamDecoder:
+    """Text of ids as they come; a character whose bytes are spread over several ids appears when it is whole."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        """The text that `token` completes; may be empty."""
+        return self._utf8.decode(self._tokenizer.decode_bytes([token]))
+
+    def finish(self) -> str:
+        """What is left over: U+FFFD if the last character never became whole."""
+        return self._utf8.decode(b"", final=True)
+
+
+class BytePairTokenizer(Tokenizer):
+    """Byte-pair encoding by tiktoken.
+
+    Args:
+        encoding: a tiktoken.Encoding.
+        name: "gpt2" for OpenAI's vocabulary; None for one that has to be saved with the model.
+    """
+
+    def __init__(self, encoding: tiktoken.Encoding, name: str | None = None) -> None:
+        self.encoding, self.name = encoding, name
+        self.n_vocab = encoding.n_vocab
+        special = encoding._special_tokens
+        self.end_of_text = special.get(END_OF_TEXT)
+
+    @classmethod
+    def from_ranks(
+        cls, ranks: dict[bytes, int], pattern: str = GPT2_PATTERN, special_tokens: dict[str, int] | None = None
+    ) -> BytePairTokenizer:
+        """From tiktoken ranks; "<|endoftext|>" gets the next free id unless special tokens are given."""
+        import tiktoken
+
+        single_bytes = [bytes([b]) for b in range(256)]
+        missing = [b for b in single_bytes if b not in ranks]
+        if missing:
+            raise ValueError(
+                f"the ranks lack {len(missing)} of the 256 single bytes, {missing[0]!r} first; not every text could be encoded"
+            )
+        if sorted(ranks.values()) != list(range(len(ranks))):
+            raise ValueError(f"the ranks of {len(ranks)} tokens must be 0 to {len(ranks) - 1}, each once")
+        special_tokens = {END_OF_TEXT: len(ranks)} if special_tokens is None else special_tokens
+        return cls(tiktoken.Encoding("fastgpt", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens))
+
+    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
+        ids: list[int] = []
+        for piece in _pieces(text):
+            if allowed_special:
+                ids += self.encoding.encode(piece, allowed_special=set(allowed_special), disallowed_special=())
+            else:
+                ids += self.encoding.encode_ordinary(piece)
+        return ids
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        pieces = []
+        for token in ids:
+            try:
+                pieces.append(self.encoding.decode_single_token_bytes(token))
+            except (KeyError, OverflowError):
+                raise self._outside(token) from None
+        return b"".join(pieces)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        settings: dict[str, Any] = {"kind": "gpt2"}
+        if self.name != "gpt2":
+            ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
+            lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks]
+            write_text(Path(directory) / RANKS, "".join(lines))
+            settings = {
+                "kind": "tiktoken",
+                "pattern": self.encoding._pat_str,
+                "special_tokens": self.encoding._special_tokens,
+            }
+        write_text(Path(directory) / FILE, json.dumps(settings, indent=2) + "\n")
+
+
+class SymbolTokenizer(Tokenizer):
+    """One id a character ("char"), or one a word, number, space run or punctuation mark ("word"), for small experiments.
+
+    Args:
+        kind: "char" or "word".
+        symbols: the vocabulary, in order. Text with a symbol outside it is a ValueError that names the symbol.
+    """
+
+    _WORD = re.compile(r"\w+|\s+|[^\w\s]")
+
+    def __init__(self, kind: str, symbols: list[str]) -> None:
+        if kind not in ("char", "word"):
+            raise ValueError(f"kind must be 'char' or 'word', got {kind!r}")
+        if not symbols or len(set(symbols)) != len(symbols):
+            raise ValueError(
+                f"symbols must be at least one, each once; got {len(symbols)}, {len(set(symbols))} of them different"
+            )
+        self.kind, self.symbols = kind, symbols
+        self._ids = {symbol: i for i, symbol in enumerate(symbols)}
+        self.n_vocab, self.end_of_text = len(symbols), None
+
+    @classmethod
+    def from_text(cls, kind: str, text: str) -> SymbolTokenizer:
+        """The vocabulary of all symbols in `text`, sorted."""
+        return cls(kind, sorted(set(cls._split(kind, text))))
+
+    @classmethod
+    def _split(cls, kind: str, text: str) -> list[str]:
+        return list(text) if kind == "char" else cls._WORD.findall(text)
+
+    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
+        try:
+            return [self._ids[symbol] for symbol in self._split(self.kind, text)]
+        except KeyError as error:
+            raise ValueError(
+                f"{error.args[0]!r} is not among the {self.n_vocab} symbols of this {self.kind} tokenizer"
+            ) from None
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        pieces = []
+        for token in ids:
+            if not 0 <= token < self.n_vocab:
+                raise self._outside(token)
+            pieces.append(self.symbols[token])
+        return "".join(pieces).encode("utf-8", errors="replace")
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        write_text(
+            Path(directory) / FILE, json.dumps({"kind": self.kind, "symbols": self.symbols}, ensure_ascii=True) + "\n"
+        )
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
+    """A tokenizer by name or file.
+
+    Args:
+        source: "gpt2"; a `.tiktoken` rank file (GPT-2's pattern, "<|endoftext|>" as the last id); a
+            `fastgpt_tokenizer.json`; or a model directory. A directory without a tokenizer of its own gets
+            GPT-2's, which is what a GPT-2 checkpoint wants.
+    """
+    if str(source) == "gpt2":
+        return _gpt2()
+    path = Path(source)
+    if path.is_dir():
+        path = path / FILE
+        if not path.is_file():
+            return _gpt2()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f'no tokenizer at {str(source)!r}; expected "gpt2", a .tiktoken file, a {FILE} or a directory'
+        )
+    if path.suffix == ".tiktoken":
+        return BytePairTokenizer.from_ranks(read_ranks(path))
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        kind = settings["kind"]
+        if kind == "gpt2":
+            return _gpt2()
+        if kind == "tiktoken":
+            return BytePairTokenizer.from_ranks(
+                read_ranks(path.parent / RANKS), settings["pattern"], settings["special_tokens"]
+            )
+        return SymbolTokenizer(kind, settings["symbols"])
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a tokenizer file: {error!r}") from error
+
+
+def read_ranks(path: str | os.PathLike[str]) -> dict[bytes, int]:
+    """The ranks of a tiktoken file. ValueError names the line that is none."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number}: expected a base64 token and its rank, got {line[:60]!r}"
+            ) from error
+    return ranks
+
+
+def train_byte_pairs(texts: Iterable[str], vocab_size: int, pattern: str = GPT2_PATTERN) -> BytePairTokenizer:
+    """Learn a byte-level BPE of `vocab_size` ids, "<|endoftext|>" the last, with Hugging Face's `tokenizers` (extra `hf`)."""
+    import importlib.util
+
+    if importlib.util.find_spec("tokenizers") is None:
+        raise ValueError("training a tokenizer needs the package tokenizers: pip install 'fastgpt-triton[hf]'")
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as HubTokenizer
+
+    learner = HubTokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+    learner.train_from_iterator(texts, trainer)
+    byte_of = _byte_of_character()
+    by_id = sorted(learner.get_vocab().items(), key=lambda item: item[1])
+    return BytePairTokenizer.from_ranks({bytes(byte_of[c] for c in token): rank for token, rank in by_id}, pattern)
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes (https://github.com/openai/gpt-2/blob/master/src/encoder.py), reversed."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+def _gpt2() -> BytePairTokenizer:
+    import tiktoken
+
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except Exception as error:  # requests, urllib3, ssl and OS errors, by what exactly is in the way
+        cache = os.environ.get("TIKTOKEN_CACHE_DIR")
+        raise ValueError(
+            "the GPT-2 vocabulary is not on this machine and could not be fetched "
+            f"({type(error).__name__}: {str(error)[:200]}). Set TIKTOKEN_CACHE_DIR to a directory that already holds it "
+            f"(now {cache!r}), or go online once; the bundled model needs neither."
+        ) from error
+    return BytePairTokenizer(encoding, name="gpt2")
+
+
+def _pieces(text: str) -> Iterable[str]:
+    """Cuts of a long text at line ends, so that no piece is much over PIECE_CHARACTERS (a single longer line stays whole)."""
+    if len(text) <= PIECE_CHARACTERS:
+        yield text
+        return
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + PIECE_CHARACTERS)
+        # Cut before a line that starts with a visible character: GPT-2's pattern never joins across "\n" and a letter.
+        while end != -1 and end + 1 < len(text) and text[end + 1].isspace():
+            end = text.find("\n", end + 1)
+        end = len(text) if end == -1 else end + 1
+        yield text[start:end]
+        start = end
