@@ -8,8 +8,6 @@ can't run. The choice is made by `use_backend`, else by the environment variable
 from __future__ import annotations
 
 import contextlib
-import contextvars
-import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -43,23 +41,26 @@ PREFER_TORCH: dict[str, str] = {
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MIN_CAPABILITY = (8, 0)  # Triton's tl.dot has no tensor-core path before Ampere
 
-_backend: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastgpt_backend", default=None)
+# Read once, so that torch.compile sees constants that it can guard.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+_backend = os.environ.get("FASTGPT_BACKEND", "auto")
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run what is inside on one backend: "auto", "triton" or "reference"."""
-    token = _backend.set(_checked(name, "backend"))
+    """Run what is inside on one backend: "auto", "triton" or "reference". Holds for the whole process, threads included."""
+    global _backend
+    previous, _backend = _backend, _checked(name, "backend")
     try:
         yield
     finally:
-        _backend.reset(token)
+        _backend = previous
 
 
 def current_backend() -> str:
-    """The backend in force here: `use_backend`'s, else FASTGPT_BACKEND's, else "auto"."""
-    chosen = _backend.get()
-    return chosen if chosen is not None else _checked(os.environ.get("FASTGPT_BACKEND", "auto"), "FASTGPT_BACKEND")
+    """The backend in force: `use_backend`'s, else FASTGPT_BACKEND's as it was at import, else "auto"."""
+    return _checked(_backend, "FASTGPT_BACKEND")
 
 
 def _checked(name: str, what: str) -> str:
@@ -68,23 +69,15 @@ def _checked(name: str, what: str) -> str:
     return name
 
 
-@functools.cache
-def _triton_missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton; Linux only)"
-    return None
-
-
 def triton_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels can't run on tensors of this device and dtype, or None if they can."""
-    if reason := _triton_missing():
-        return reason
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != "cuda" and not interpreted:
+    if not _TRITON_INSTALLED:
+        return "Triton is not installed (pip install triton; Linux only)"
+    if device.type != "cuda" and not _INTERPRETING:
         return f"tensors are on {device.type}; Triton kernels need a CUDA device"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
         return f"compute capability {torch.cuda.get_device_capability(device)} is below {_MIN_CAPABILITY}"
-    if dtype not in _TRITON_DTYPES and not (interpreted and dtype == torch.float64):
+    if dtype not in _TRITON_DTYPES and not (_INTERPRETING and dtype == torch.float64):
         return f"dtype {dtype} is not one of {[str(d) for d in _TRITON_DTYPES]}"
     return None
 

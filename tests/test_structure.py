@@ -1,0 +1,122 @@
+"""The house's rules: which room may call which, equal signatures, what an import costs."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastgpt
+from fastgpt import ops, reference
+
+ROOT = Path(__file__).parent.parent
+
+# Each room may import the rooms of lower rank only; rooms of one rank don't know each other.
+RANK = {
+    "files": 0,
+    "config": 0,
+    "tokenizer": 1,
+    "cache": 1,
+    "data": 2,
+    "reference": 2,
+    "sampling": 2,
+    "ops": 3,
+    "generation": 4,
+    "weights": 4,
+    "model": 5,
+    "evaluation": 6,
+    "training": 6,
+    "info": 6,
+    "demo": 7,
+    "cli": 8,
+    "__init__": 9,
+    "__main__": 9,
+}
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "fastgpt").glob("*.py")), ids=lambda path: path.stem)
+def test_arrows_point_down(path):
+    assert path.stem in RANK, f"give {path.stem} a place in the house"
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "fastgpt" and len(parts) > 1 and parts[1] in RANK:
+            below = RANK[parts[1]] < RANK[path.stem]
+            assert below or path.stem in ("__main__",), f"{path.stem} imports {parts[1]}, which is not below it"
+        if parts[0] in ("triton", "fastgpt_kernels"):
+            assert path.stem == "ops", f"{path.stem} imports {name}; only ops may"
+
+
+def test_kernels_never_import_fastgpt():
+    for path in (ROOT / "kernels" / "fastgpt_kernels").glob("*.py"):
+        assert not [name for name in imports(path) if name.split(".")[0] == "fastgpt"], path.name
+
+
+@pytest.mark.parametrize("op", ops.OPS)
+def test_ops_have_the_references_signature(op):
+    assert inspect.signature(getattr(ops, op)) == inspect.signature(getattr(reference, op))
+
+
+def test_all_lists_the_public_names():
+    public = {name for name, value in vars(fastgpt).items() if not name.startswith("_") and not inspect.ismodule(value)}
+    assert set(fastgpt.__all__) == public
+
+
+def run(code: str, **environment: str) -> str:
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))), **environment}
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=env, check=True)
+    return done.stdout.strip()
+
+
+def test_import_touches_neither_triton_nor_cuda_nor_the_network():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import socket
+def refuse(*args, **kwargs): raise AssertionError("network")
+socket.socket.connect = refuse
+import fastgpt
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+assert not new & {"triton", "fastgpt_kernels", "tiktoken", "transformers", "tqdm", "matplotlib"}, new
+assert not torch.cuda.is_initialized()
+"""
+    run(code)
+
+
+def test_import_adds_under_0_3_s_to_torch():
+    code = "import torch, time; t = time.process_time(); import fastgpt; print(time.process_time() - t)"
+    assert min(float(run(code)) for _ in range(3)) < 0.3
+
+
+def test_no_file_passes_450_lines():
+    long = {
+        str(path.relative_to(ROOT)): count
+        for room in ("fastgpt", "kernels", "benchmarks", "examples")
+        for path in (ROOT / room).rglob("*.py")
+        if (count := len(path.read_text(encoding="utf-8").splitlines())) > 450
+    }
+    assert not long
+
+
+def test_wheel_holds_both_packages_and_nothing_called_kernels():
+    import tomllib
+
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        packages = tomllib.load(file)["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert packages == ["fastgpt", "kernels/fastgpt_kernels"]
+    assert not (ROOT / "kernels" / "__init__.py").exists()
