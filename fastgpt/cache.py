@@ -101,16 +101,14 @@ class KVCache:
         """Store k and v [B, H, T, D] of one layer at each row's start; returns its keys and values up to the longest row."""
         keys, values = self.keys[layer], self.values[layer]
         if len(set(starts)) == 1:
-            end = starts[0] + k.shape[2]
-            keys[:, :, starts[0] : end] = k
-            values[:, :, starts[0] : end] = v
+            keys.narrow(2, starts[0], k.shape[2]).copy_(k)
+            values.narrow(2, starts[0], k.shape[2]).copy_(v)
         else:
             for row, start in enumerate(starts):
-                keys[row, :, start : start + k.shape[2]] = k[row]
-                values[row, :, start : start + k.shape[2]] = v[row]
-        longest = max(self.lengths)
-        return keys[:, :, :longest], values[:, :, :longest]
+                keys[row].narrow(1, start, k.shape[2]).copy_(k[row])
+                values[row].narrow(1, start, k.shape[2]).copy_(v[row])
+        return keys.narrow(2, 0, self.longest), values.narrow(2, 0, self.longest)
 
     def _set_lengths(self, lengths: list[int]) -> None:
-        self.lengths = lengths
+        self.lengths, self.longest = lengths, max(lengths)
         self.device_lengths = torch.tensor(lengths, dtype=torch.int32).to(self.keys.device, non_blocking=True)

@@ -17,11 +17,12 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from fastgpt import generation, ops, weights
+from fastgpt import decoder, generation, ops, weights
 from fastgpt.cache import KVCache
 from fastgpt.config import ContextLengthError, GPTConfig, TokenIdError
 
@@ -94,9 +95,8 @@ class MultiHeadAttention(nn.Module):
             out = ops.attention(q, k, v, self.causal, dropout_p=self.dropout.p if self.training else 0.0)
         else:
             keys, values = cache.write(self.layer, starts, k, v)
-            if max(starts) == 0:
-                out = ops.attention(q, k, v, causal=True)
-            elif len(set(starts)) == 1 and q.shape[2] > 1:
+            uniform = len(set(starts)) == 1
+            if uniform and (q.shape[2] > 1 or not x.is_cuda):
                 out = ops.attention(q, keys, values, causal=True)
             else:
                 out = ops.decode_attention(q, keys, values, cache.device_lengths)
@@ -142,6 +142,35 @@ class TransformerBlock(nn.Module):
         x, _ = self._add_norm(self.att(x, cache, starts), x, self.norm1)
         x, _ = self._add_norm(self.ff(x), x, self.norm2)
         return x
+
+    def decoder_weights(self) -> decoder.BlockWeights | None:
+        """The parameters as decoder.decode wants them, if this is a plain pre-norm block."""
+        att, ff, norms = self.att, self.ff, (self.norm1, self.norm2)
+        if not (
+            self.pre_norm
+            and _plain(att, MultiHeadAttention)
+            and _plain(ff, FeedForward)
+            and _plain(ff.layers, nn.Sequential)
+        ):
+            return None
+        if (
+            len(ff.layers) != 3
+            or not _plain(ff.layers[1], Activation)
+            or not all(_plain(norm, LayerNorm) for norm in norms)
+        ):
+            return None
+        up, down = ff.layers[0], ff.layers[2]
+        qkv = (att.W_query, att.W_key, att.W_value)
+        if not all(_plain(linear, nn.Linear) for linear in (*qkv, att.out_proj, up, down)):
+            return None
+        return decoder.BlockWeights(
+            (self.norm1.scale, self.norm1.shift),
+            [(linear.weight.T, linear.bias) for linear in qkv],
+            (att.out_proj.weight.T, att.out_proj.bias),
+            (self.norm2.scale, self.norm2.shift),
+            (cast(Tensor, up.weight).T, cast("Tensor | None", up.bias)),
+            (cast(Tensor, down.weight).T, cast("Tensor | None", down.bias)),
+        )
 
     def _add_norm(self, branch: Tensor, x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
         """(norm(total), total) with total = x + dropout(branch)."""
@@ -229,9 +258,29 @@ class GPTModel(nn.Module):
         else:
             positions = torch.tensor(starts, device=idx.device)[:, None] + torch.arange(T, device=idx.device)
         x = self.drop_emb(self.tok_emb(idx) + self.pos_emb(positions))
-        for block in self.trf_blocks:
-            x = block(x, cache, starts)
+        if T == 1 and (plan := self._decoder_plan()) is not None:
+            config = self.config
+            x = decoder.decode(x[:, 0], plan, cache, starts, config.n_heads, config.activation, config.norm_eps)[
+                :, None
+            ]
+        else:
+            for block in self.trf_blocks:
+                x = block(x, cache, starts)
         return self.final_norm(x)
+
+    def _decoder_plan(self) -> decoder.Plan | None:
+        """What decoder.decode runs from, or None where it doesn't apply."""
+        if self.training or torch.is_grad_enabled() or self.device.type != "cpu" or ops.current_backend() == "triton":
+            return None
+        plan = _plans.get(self)
+        if plan is None or not plan.holds():
+            blocks = [b.decoder_weights() if _plain(b, TransformerBlock) else None for b in self.trf_blocks]
+            gathered = [block for block in blocks if block is not None]
+            if len(gathered) < len(blocks):
+                _plans.pop(self, None)
+                return None
+            plan = _plans[self] = decoder.Plan(self.trf_blocks, gathered)
+        return plan
 
     def loss(self, idx: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
         """Mean cross-entropy in nats of the logits at each position with `targets` int64 [B, T]; a scalar in fp32.
@@ -375,11 +424,8 @@ _M = TypeVar("_M", bound=nn.Module)
 
 
 def _plain(module: nn.Module, kind: type[_M]) -> TypeGuard[_M]:
-    """Exactly a `kind`, with nothing that calling it would run besides its own forward."""
-    return (
-        type(module) is kind
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-    )
+    return decoder.plain(module, kind)
+
+
+# Plans live beside the models, not in them: a copy or a pickle of a model has none.
+_plans: WeakKeyDictionary[GPTModel, decoder.Plan] = WeakKeyDictionary()
