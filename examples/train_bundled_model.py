@@ -64,15 +64,18 @@ def write_documents(directory: Path, documents: dict[str, str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--max-steps", type=int, default=6500)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--max-steps", type=int, default=8000)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--files", type=int, help="try things out with this many training files and two held out")
     parser.add_argument("--resume", action="store_true")
     arguments = parser.parse_args()
     out: Path = arguments.out
 
     if not arguments.resume:
         training, held_out = standard_library()
+        if arguments.files:
+            training, held_out = dict(list(training.items())[: arguments.files]), dict(list(held_out.items())[:2])
         write_documents(out / "text" / "train", training)
         write_documents(out / "text" / "held-out", held_out)
         train_byte_pairs(training.values(), VOCAB_SIZE).save(out / "tokenizer")

@@ -27,9 +27,13 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.ln_1 = Norm(width, bias)
-        self.attn = nn.ModuleDict({"c_attn": nn.Linear(width, 3 * width, bias), "c_proj": nn.Linear(width, width, bias)})
+        self.attn = nn.ModuleDict(
+            {"c_attn": nn.Linear(width, 3 * width, bias), "c_proj": nn.Linear(width, width, bias)}
+        )
         self.ln_2 = Norm(width, bias)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width, bias), "c_proj": nn.Linear(4 * width, width, bias)})
+        self.mlp = nn.ModuleDict(
+            {"c_fc": nn.Linear(width, 4 * width, bias), "c_proj": nn.Linear(4 * width, width, bias)}
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape

@@ -91,7 +91,11 @@ def test_tokens_are_transformers_for_the_same_seed(hf_model, temperature, option
     if temperature > 0:
         settings["temperature"] = temperature
     else:
-        settings = {k: v for k, v in settings.items() if k in ("do_sample", "max_new_tokens", "pad_token_id", "repetition_penalty")}
+        settings = {
+            k: v
+            for k, v in settings.items()
+            if k in ("do_sample", "max_new_tokens", "pad_token_id", "repetition_penalty")
+        }
     torch.manual_seed(11)
     expected = theirs.generate(idx, attention_mask=torch.ones_like(idx), **settings)
     torch.manual_seed(11)
@@ -142,14 +146,18 @@ def test_draws_do_not_depend_on_rows_that_have_finished(model):
     """Sampled rows go on as if no row had stopped: the draw keeps its shape."""
     full = generate(model, RAGGED, 12, temperature=1.0, generator=torch.Generator().manual_seed(2))
     stop = full[1].tokens[2]
-    stopped = generate(model, RAGGED, 12, temperature=1.0, stop_tokens=[stop], generator=torch.Generator().manual_seed(2))
+    stopped = generate(
+        model, RAGGED, 12, temperature=1.0, stop_tokens=[stop], generator=torch.Generator().manual_seed(2)
+    )
     for whole, cut in zip(full, stopped, strict=True):
         assert cut.tokens == whole.tokens[: len(cut.tokens)]
         assert cut.finish_reason == ("stop" if stop in whole.tokens else "length")
 
 
 def test_logprobs_are_the_models_own(model):
-    (done,) = generate(model, [[3, 1, 4]], 9, temperature=0.7, top_k=5, logprobs=True, generator=torch.Generator().manual_seed(0))
+    (done,) = generate(
+        model, [[3, 1, 4]], 9, temperature=0.7, top_k=5, logprobs=True, generator=torch.Generator().manual_seed(0)
+    )
     logits = model(torch.tensor([[3, 1, 4, *done.tokens]]))[0]
     expected = logits.log_softmax(-1)[torch.arange(2, 11), done.tokens]
     assert done.logprobs == pytest.approx(expected.tolist(), abs=2e-5)
@@ -178,7 +186,9 @@ def test_error_policy_refuses_before_computing(model):
     assert generate(model, [[1] * 6], 10, overflow="error")[0].tokens == generate(model, [[1] * 6], 10)[0].tokens
     calls = []
     handle = model.register_forward_pre_hook(lambda *args: calls.append(1))
-    with pytest.raises(ContextLengthError, match=r"prompt 1 has 7 tokens and 10 to come, more than the context length 16"):
+    with pytest.raises(
+        ContextLengthError, match=r"prompt 1 has 7 tokens and 10 to come, more than the context length 16"
+    ):
         generate(model, [[1] * 6, [1] * 7], 10, overflow="error")
     with pytest.raises(ContextLengthError, match=r"prompt 0 has 17 tokens, more than"):
         generate(model, [[1] * 17], 1, overflow="stop")
@@ -265,9 +275,9 @@ def test_cache_refuses_what_it_cannot_hold(model):
         cache.truncate([5, 1])
     with pytest.raises(ValueError, match=r"max_length must be from 1 to the context length 16, got 17"):
         KVCache(model.config, 1, max_length=17)
+    full = KVCache(model.config, 1)
+    model(torch.zeros(1, 16, dtype=torch.long), full)
     with pytest.raises(ContextLengthError, match=r"17 positions \(16 cached, 1 new\)"):
-        full = KVCache(model.config, 1)
-        model(torch.zeros(1, 16, dtype=torch.long), full)
         model(torch.zeros(1, 1, dtype=torch.long), full)
 
 

@@ -99,7 +99,9 @@ def test_nanogpts_variant(bias):
     assert torch.equal(named["tok_emb.weight"], theirs.wte.weight)
     for i, block in enumerate(theirs.h):
         att = ours.trf_blocks[i].att
-        assert torch.equal(torch.cat([w.weight for w in (att.W_query, att.W_key, att.W_value)]), block.attn["c_attn"].weight)
+        assert torch.equal(
+            torch.cat([w.weight for w in (att.W_query, att.W_key, att.W_value)]), block.attn["c_attn"].weight
+        )
         assert torch.equal(att.out_proj.weight, block.attn["c_proj"].weight)
         assert torch.equal(ours.trf_blocks[i].ff.layers[2].weight, block.mlp["c_proj"].weight)
     spread(theirs)
@@ -109,11 +111,16 @@ def test_nanogpts_variant(bias):
         ours.trf_blocks[i].norm1.scale.data = block.ln_1.weight.data
         ours.trf_blocks[i].norm2.scale.data = block.ln_2.weight.data
         if bias:
-            for linear, part in zip((att.W_query, att.W_key, att.W_value), block.attn["c_attn"].bias.chunk(3), strict=True):
+            for linear, part in zip(
+                (att.W_query, att.W_key, att.W_value), block.attn["c_attn"].bias.chunk(3), strict=True
+            ):
                 linear.bias.data = part.data
             att.out_proj.bias.data = block.attn["c_proj"].bias.data
             ff.layers[0].bias.data, ff.layers[2].bias.data = block.mlp["c_fc"].bias.data, block.mlp["c_proj"].bias.data
-            ours.trf_blocks[i].norm1.shift.data, ours.trf_blocks[i].norm2.shift.data = block.ln_1.bias.data, block.ln_2.bias.data
+            ours.trf_blocks[i].norm1.shift.data, ours.trf_blocks[i].norm2.shift.data = (
+                block.ln_1.bias.data,
+                block.ln_2.bias.data,
+            )
     ours.final_norm.scale.data = theirs.ln_f.weight.data
     if bias:
         ours.final_norm.shift.data = theirs.ln_f.bias.data
@@ -171,7 +178,9 @@ def test_loss_and_gradients_are_upstreams():
     expected.backward()
     gradients = {name: p.grad for name, p in upstream.named_parameters()}
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
     assert ours.loss(idx, torch.full_like(idx, -100)).isnan()
     shifted = ours.loss(idx, torch.where(targets == -100, -1, targets), ignore_index=-1)
     torch.testing.assert_close(shifted, expected)
@@ -180,7 +189,9 @@ def test_loss_and_gradients_are_upstreams():
 def test_padded_vocabulary_is_never_seen():
     padded, plain = tiny_model(vocab_multiple=64), tiny_model(seed=1)
     assert padded.tok_emb.weight.shape[0] == 128
-    state = {name: p[:101] if name in ("tok_emb.weight", "out_head.weight") else p for name, p in padded.state_dict().items()}
+    state = {
+        name: p[:101] if name in ("tok_emb.weight", "out_head.weight") else p for name, p in padded.state_dict().items()
+    }
     plain.load_state_dict(state)
     with torch.no_grad():
         padded.out_head.weight[101:] = 100.0  # would win every argmax and every loss
@@ -221,7 +232,12 @@ def test_swapped_submodules_are_called():
     idx = torch.randint(101, (2, 6))
     before = model(idx)
     block = model.trf_blocks[1]
-    for parent, name in ((block.att, "W_query"), (block.att, "W_value"), (block.ff.layers, "0"), (block.att, "out_proj")):
+    for parent, name in (
+        (block.att, "W_query"),
+        (block.att, "W_value"),
+        (block.ff.layers, "0"),
+        (block.att, "out_proj"),
+    ):
         old = parent._modules[name]
         new = Doubled(old.in_features, old.out_features)
         new.load_state_dict({key: value / 2 for key, value in old.state_dict().items()})
@@ -248,7 +264,9 @@ def test_classifier_head_and_frozen_layers_as_in_the_book():
     assert model.trf_blocks[-1].att.W_query.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("where", ["trf_blocks.0", "trf_blocks.1.att", "trf_blocks.0.norm2", "trf_blocks.1.ff", "out_head"])
+@pytest.mark.parametrize(
+    "where", ["trf_blocks.0", "trf_blocks.1.att", "trf_blocks.0.norm2", "trf_blocks.1.ff", "out_head"]
+)
 def test_hooks_fire_and_may_change_the_result(where):
     model = tiny_model()
     idx = torch.randint(101, (1, 5))

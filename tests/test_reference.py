@@ -93,7 +93,9 @@ def test_linear_and_mlp():
     inner = torch.einsum("btk,nk->btn", x, w1) + b1
     torch.testing.assert_close(reference.linear(x, w1, b1), inner)
     torch.testing.assert_close(reference.linear(x, w1, b1, "relu"), inner.clamp(min=0))
-    torch.testing.assert_close(reference.mlp(x, w1, b1, w2, b2, "relu"), torch.einsum("btk,nk->btn", inner.clamp(min=0), w2) + b2)
+    torch.testing.assert_close(
+        reference.mlp(x, w1, b1, w2, b2, "relu"), torch.einsum("btk,nk->btn", inner.clamp(min=0), w2) + b2
+    )
     with pytest.raises(ValueError, match=r"activation must be None or one of .*, got 'swish'"):
         reference.linear(x, w1, b1, "swish")
 
@@ -128,7 +130,9 @@ def test_decode_attention_reads_each_rows_own_length(T):
 
 def test_decode_attention_of_an_empty_row_is_zero():
     q, kv = torch.randn(1, 1, 1, 4), torch.randn(1, 1, 3, 4)
-    assert torch.equal(reference.decode_attention(q, kv, kv, torch.zeros(1, dtype=torch.int32)), torch.zeros(1, 1, 1, 4))
+    assert torch.equal(
+        reference.decode_attention(q, kv, kv, torch.zeros(1, dtype=torch.int32)), torch.zeros(1, 1, 1, 4)
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

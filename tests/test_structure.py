@@ -79,7 +79,9 @@ def test_all_lists_the_public_names():
 def run(code: str, **environment: str) -> str:
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))), **environment}
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=env, check=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=env, check=True
+    )
     return done.stdout.strip()
 
 

@@ -1,0 +1,62 @@
+"""The model in fastgpt/assets: size, card, what it predicts, and the demo that shows it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from examples.train_bundled_model import standard_library, xz_bits_per_byte
+from fastgpt import GPTModel
+from fastgpt.cli import main
+from fastgpt.evaluation import evaluate
+from fastgpt.tokenizer import load_tokenizer
+from fastgpt.weights import BUNDLED
+
+
+def test_size_and_card():
+    files = {path.name: path.stat().st_size for path in BUNDLED.iterdir() if path.is_file()}
+    assert sum(files.values()) <= 8_000_000
+    card = (BUNDLED / "MODEL_CARD.md").read_text(encoding="utf-8")
+    model = GPTModel.from_pretrained("bundled")
+    assert f"{model.config.num_parameters:,}" in card
+    for word in ("Data", "Licence", "Size", "Training command", "held-out bits per byte"):
+        assert word.lower() in card.lower(), word
+
+
+def test_held_out_files_cost_fewer_bits_than_xz():
+    """On the standard library of the Python that runs the tests; the card's figure is for the one it was trained on."""
+    _, held_out = standard_library()
+    documents = list(held_out.values())
+    assert sum(map(len, documents)) > 100_000
+    result = evaluate(GPTModel.from_pretrained("bundled"), load_tokenizer(BUNDLED), documents)
+    xz = xz_bits_per_byte(documents)
+    print(f"{result.bits_per_byte:.4f} bits per byte, xz -9 {xz:.4f}")
+    assert result.bits_per_byte < 0.9 * xz
+
+
+def test_tokenizer_round_trips_and_fits_the_model():
+    tokenizer = load_tokenizer(BUNDLED)
+    assert tokenizer.n_vocab == GPTModel.from_pretrained("bundled").config.vocab_size
+    for text in ("def f(x):\n    return x\n", "naïve 漢字 🎉\t\x00", "<|endoftext|>"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.end_of_text not in ids
+
+
+@pytest.mark.parametrize("context", [64, 256, 1000])
+def test_cached_tokens_equal_uncached(context):
+    model = GPTModel.from_pretrained("bundled")
+    idx = torch.randint(model.config.vocab_size, (1, context))
+    assert torch.equal(model.generate(idx, 12), model.generate(idx, 12, use_cache=False))
+
+
+def test_demo_agrees_and_explains(capsys):
+    assert main(["demo", "--max-new-tokens", "20", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^ +(64|256|1024) +([\d,]+) +([\d,]+) +([\d.]+)x +(yes|NO)$", printed, flags=re.M)
+    assert [row[0] for row in rows] == ["64", "256", "1024"]
+    assert all(row[4] == "yes" for row in rows)
+    assert "attention" in printed
+    assert "tensors are on cpu" in printed

@@ -1,0 +1,260 @@
+"""The command as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt import PRESETS, GPTModel
+from fastgpt.cli import main
+from fastgpt.tokenizer import load_tokenizer
+from fastgpt.weights import BUNDLED
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog.\n" * 60, encoding="utf-8")
+    return path
+
+
+SMALL = [
+    "--tokenizer",
+    "char",
+    "--layers",
+    "1",
+    "--heads",
+    "2",
+    "--width",
+    "32",
+    "--context",
+    "16",
+    "--batch-size",
+    "4",
+]
+
+
+def test_generate_continues_the_prompt_with_the_models_own_tokens(capsys):
+    assert main(["generate", "def add(a, b):", "--max-new-tokens", "12", "--temperature", "0"]) == 0
+    printed = capsys.readouterr().out
+    model, tokenizer = GPTModel.from_pretrained("bundled"), load_tokenizer(BUNDLED)
+    ids = tokenizer.encode("def add(a, b):")
+    assert printed == tokenizer.decode(model.generate(torch.tensor([ids]), 12)[0].tolist()) + "\n"
+
+
+def test_same_seed_same_text(capsys):
+    arguments = [
+        "generate",
+        "import ",
+        "--max-new-tokens",
+        "20",
+        "--temperature",
+        "1",
+        "--top-k",
+        "50",
+        "--top-p",
+        "0.95",
+    ]
+    outputs = []
+    for seed in ("1", "1", "2"):
+        assert main([*arguments, "--seed", seed]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+def test_json_has_tokens_text_and_logprobs(capsys, tmp_path):
+    prompt = tmp_path / "prompt.py"
+    prompt.write_text("class A:\n", encoding="utf-8")
+    assert main(["generate", "--prompt-file", str(prompt), "--max-new-tokens", "7", "--json", "--seed", "0"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["prompt"] == "class A:\n"
+    assert record["finish_reason"] == "length"
+    assert len(record["tokens"]) == len(record["logprobs"]) == 7
+    assert record["text"] == load_tokenizer(BUNDLED).decode(record["tokens"])
+    assert all(logprob <= 0 for logprob in record["logprobs"])
+
+
+def test_stop_text_is_cut_off_even_across_tokens(capsys):
+    arguments = ["generate", "def f(x):", "--max-new-tokens", "30", "--temperature", "0", "--json"]
+    assert main(arguments) == 0
+    whole = json.loads(capsys.readouterr().out)["text"]
+    stop = whole[7:12]
+    assert main([*arguments, "--stop", stop, "--stop", "never there"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["text"] == whole[: whole.index(stop)]
+    assert record["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stops", "expected"),
+    [
+        (["aa", "b", "c"], ["ab"], "a"),
+        (["x", "y", "z"], ["zz"], "xyz"),
+        (["one two", " three"], ["two t", "o t"], "one "),
+        (["ab", "ab", "abc"], ["abc"], "abab"),
+    ],
+)
+def test_stop_text_finds_the_earliest_and_loses_nothing(pieces, stops, expected):
+    from fastgpt.cli import _StopText
+
+    passing = _StopText(stops)
+    assert "".join([*map(passing.add, pieces), passing.finish("")]) == expected
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "fastgpt", *arguments], capture_output=True, check=False, env=environment(), **options
+    )
+
+
+def environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))),
+        "PYTHONIOENCODING": "utf-8",
+    }
+
+
+def test_prompt_comes_from_standard_input():
+    done = run("generate", "--max-new-tokens", "3", "--temperature", "0", input=b"import ")
+    assert done.returncode == 0
+    assert done.stdout.startswith(b"import ")
+    done = run("generate", input=b"caf\xe9")
+    assert (done.returncode, done.stderr) == (2, b"fastgpt generate: standard input is not UTF-8 at byte 3\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "x", "--temperature", "-1"], "temperature must be a number of at least 0, got -1.0"),
+        (["generate", "x", "--model", "/nowhere/model"], "no model at '/nowhere/model'"),
+        (["generate", "x", "--device", "tpu9"], "device must be cpu, cuda, cuda:N or mps, got 'tpu9'"),
+        (["generate", "x", "--prompt-file", "y"], "give the prompt as an argument or as --prompt-file, not both"),
+        (["generate", "x", "--stop", ""], "--stop must not be empty"),
+        (["train", "/nowhere.txt", "--out", "/tmp/never"], "no file or directory at '/nowhere.txt'"),
+        (["eval", "/nowhere.txt"], "no file or directory at '/nowhere.txt'"),
+        (["info", "gpt5"], "no model at 'gpt5'"),
+    ],
+)
+def test_errors_are_one_line_and_status_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert error.startswith(f"fastgpt {arguments[0]}: ")
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["generate"], ["train"], ["eval"], ["info"]])
+def test_help_everywhere(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    assert caught.value.code == 0
+    assert "usage: fastgpt" in capsys.readouterr().out
+
+
+def test_train_learns_and_what_it_saves_generates(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = [
+        "train",
+        str(text),
+        "--out",
+        str(out),
+        *SMALL,
+        "--max-steps",
+        "60",
+        "--validate-every",
+        "30",
+        "--lr",
+        "1e-2",
+    ]
+    assert main(arguments) == 0
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert len(losses) == 60
+    assert losses[-1] < 0.6 * losses[0]
+    assert [entry["step"] for entry in log if "validation_loss" in entry] == [30, 60]
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert main(["generate", "the quick", "--model", str(out), "--max-new-tokens", "10", "--seed", "1"]) == 0
+    assert capsys.readouterr().out.startswith("the quick")
+    assert main(["eval", str(text), "--model", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] == len(text.read_bytes())
+    assert main(arguments) == 2
+    assert "already holds a run; pass --resume" in capsys.readouterr().err
+    assert main([*arguments[:-2], "--lr", "2e-2", "--resume"]) == 2
+    assert "lr: 0.01 in the checkpoint, 0.02 now" in capsys.readouterr().err
+    resumed = [*arguments, "--resume"]
+    resumed[resumed.index("60")] = "65"
+    assert main(resumed) == 0
+    assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] == 65
+
+
+def test_train_options_from_toml_give_way_to_flags(text, tmp_path, capsys):
+    config = tmp_path / "small.toml"
+    config.write_text('tokenizer = "char"\nlayers = 1\nheads = 2\nwidth = 32\ncontext = 16\nmax-steps = 5\nlr = 1\n')
+    out = tmp_path / "run"
+    assert (
+        main(["train", str(text), "--out", str(out), "--config", str(config), "--max-steps", "2", "--lr", "0.01"]) == 0
+    )
+    assert len((out / "log.jsonl").read_text().splitlines()) == 3
+    config.write_text("layer = 1\n")
+    assert main(["train", str(text), "--out", str(out), "--config", str(config)]) == 2
+    assert "unknown option 'layer'" in capsys.readouterr().err
+    config.write_text("layers = '1'\n")
+    assert main(["train", str(text), "--out", str(out), "--config", str(config)]) == 2
+    assert "layers must be int, got '1'" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_a_whole_checkpoint_and_no_traceback(text, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "fastgpt", "train", str(text), "--out", str(out), *SMALL, "--max-steps", "1000000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (
+        (out / "log.jsonl").is_file() and (out / "log.jsonl").stat().st_size > 500
+    ):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in error
+    assert b"continue with --resume" in error
+    step = torch.load(out / "state.pt", weights_only=True)["step"]
+    assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] == step > 0
+    assert GPTModel.from_pretrained(out).generate(torch.tensor([[1]]), 2).shape == (1, 3)
+
+
+def test_info_of_every_preset(capsys):
+    for name, config in PRESETS.items():
+        assert main(["info", name]) == 0
+        printed = capsys.readouterr().out
+        assert f"{config.num_parameters:,}" in printed
+        assert ("GPU-years" in printed) == name.startswith("gpt3")
+    # Brown et al. 2020, appendix D: 3.14e23 FLOPs for GPT-3 175B; 355 years of a V100 at 28 TFLOP/s
+    assert "6 N D = 3.14e+23" in printed
+    assert "355." in printed
+
+
+def test_info_ops_says_what_runs_and_why(capsys):
+    assert main(["info", "--ops", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "backend auto, cpu, float32" in printed
+    assert "attention" in printed
+    assert "reference  tensors are on cpu" in printed
+
+
+def test_flops_of_gpt2_are_the_published_convention():
+    from fastgpt.info import training_flops_per_token
+
+    # nanoGPT's 6 (N - positions) + 12 L C T for 124M at T = 1024
+    assert training_flops_per_token(PRESETS["gpt2"]) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024

@@ -1,0 +1,47 @@
+"""Every example runs from the command line and does what it says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str, cwd: Path) -> str:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
+    command = [sys.executable, str(ROOT / "examples" / arguments[0]), *arguments[1:]]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=env, cwd=cwd).stdout
+
+
+def test_attention_map(tmp_path):
+    from PIL import Image
+
+    run("attention_map.py", "def add(a, b):\n", "--layer", "1", "--head", "2", "--out", "map.png", cwd=tmp_path)
+    with Image.open(tmp_path / "map.png") as image:
+        colours = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    assert len(np.unique(colours, axis=0)) > 50
+
+
+def test_generate_text(tmp_path):
+    text = run("generate_text.py", "import os\n", cwd=tmp_path)
+    assert text.startswith("import os\n")
+    assert len(text) > 60
+
+
+def test_train_bundled_model(tmp_path):
+    text = run("train_bundled_model.py", "out", "--max-steps", "2", "--files", "30", "--batch-size", "1", cwd=tmp_path)
+    assert "held out:" in text
+    assert "xz -9" in text
+    assert (tmp_path / "out" / "model" / "model.safetensors").stat().st_size < 8_000_000
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_every_example_has_a_main_and_a_test(path):
+    assert "def main() -> None:" in path.read_text(encoding="utf-8")
+    assert f"def test_{path.stem}(" in Path(__file__).read_text(encoding="utf-8")
