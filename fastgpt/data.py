@@ -29,6 +29,9 @@ class TokenStream:
     """
 
     def __init__(self, tokens: np.ndarray, context: int, batch_size: int, seed: int = 0) -> None:
+        for name, value, least in (("context", context, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if len(tokens) < context + 1:
             raise ValueError(
                 f"{len(tokens):,} tokens are fewer than one block of {context + 1}; add text or lower the context"
@@ -39,7 +42,9 @@ class TokenStream:
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """(inputs, targets) int64 [B, T] of step `step`, on the CPU."""
+        """(inputs, targets) int64 [B, T] of step `step` >= 0, on the CPU."""
+        if step < 0:
+            raise ValueError(f"step must be at least 0, got {step}")
         starts = [self._start(step * self.batch_size + row) for row in range(self.batch_size)]
         rows = np.stack([self.tokens[start : start + self.context + 1] for start in starts]).astype(np.int64)
         block = torch.from_numpy(rows)
@@ -75,8 +80,11 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> np.ndarr
 
 
 def split_validation(tokens: np.ndarray, fraction: float, at_least: int) -> tuple[np.ndarray, np.ndarray]:
-    """(training, validation): the last `fraction` of the tokens is held out, `at_least` that many if there are enough."""
-    held = max(int(len(tokens) * fraction), at_least)
+    """(training, validation): the last `fraction` of the tokens is held out, but no fewer than `at_least` (>= 1) of them.
+
+    ValueError where that leaves less than half for training.
+    """
+    held = max(int(len(tokens) * fraction), at_least, 1)
     if len(tokens) < 2 * held:
         raise ValueError(
             f"{len(tokens):,} tokens are too few to hold {held:,} out for validation; add text or lower the context"

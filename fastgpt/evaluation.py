@@ -18,7 +18,8 @@ WINDOWS_PER_BATCH = 8  # logits of 8 windows of 1024 and GPT-2's vocabulary are 
 
 class Evaluation(NamedTuple):
     """bits_per_byte: what the text costs under the model, separators between documents included, over its UTF-8 bytes.
-    perplexity: exp of the mean loss a token. bytes, tokens: of the text."""
+    perplexity: exp of the mean loss a token. bytes: of the text. tokens: predicted; all, but for the first of a tokenizer that
+    has no "<|endoftext|>" to predict it from."""
 
     bits_per_byte: float
     perplexity: float
@@ -37,9 +38,13 @@ def evaluate(model: GPTModel, tokenizer: Tokenizer, documents: list[str], stride
         stride: new tokens a window; each is predicted from at least context_length - stride before it, but for the first
             window. Half the context by default; smaller is slower and a little better.
     """
-    tokens = encode_documents(tokenizer, documents)
-    if tokenizer.end_of_text is not None:  # the first token is predicted too, from the end of nothing
-        tokens = encode_documents(tokenizer, ["", *documents])
+    if not model.config.causal:
+        raise ValueError("a model with causal=False sees the tokens that it should predict; it has no bits per byte")
+    size = sum(len(document.encode("utf-8", errors="replace")) for document in documents)
+    if size == 0:
+        raise ValueError(f"there is no text to evaluate: {len(documents)} documents of 0 bytes")
+    # With an end of text, the first token is predicted too, from the end of nothing.
+    tokens = encode_documents(tokenizer, documents if tokenizer.end_of_text is None else ["", *documents])
     if len(tokens) < 2:
         raise ValueError(f"there must be at least two tokens to evaluate, got {len(tokens)}")
     if int(tokens.max()) >= model.config.vocab_size:
@@ -66,9 +71,10 @@ def evaluate(model: GPTModel, tokenizer: Tokenizer, documents: list[str], stride
             nats += losses.double().sum().item()
     finally:
         model.train(training)
-    size = sum(len(document.encode("utf-8", errors="replace")) for document in documents)
     predicted = len(ids) - 1
-    return Evaluation(nats / math.log(2) / max(size, 1), math.exp(nats / predicted), size, predicted)
+    mean = nats / predicted
+    perplexity = math.inf if mean > 700 else math.exp(mean)  # exp overflows a float at 709.8
+    return Evaluation(nats / math.log(2) / size, perplexity, size, predicted)
 
 
 def _windows(count: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import codecs
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgpt.config import MAX_SIZES
 from fastgpt.files import write_text
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ class Tokenizer:
     end_of_text: int | None
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        """Ids of `text`; special tokens are recognized only if named in `allowed_special`."""
+        """Ids of `text`; special tokens are recognized only if named in `allowed_special`, a set of them."""
         raise NotImplementedError
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -69,6 +71,10 @@ class Tokenizer:
 
     def _outside(self, token: int) -> ValueError:
         return ValueError(f"token id {token} is outside the vocabulary of {self.n_vocab}")
+
+    def _check_special(self, allowed: Collection[str], known: Collection[str]) -> None:
+        if not set(allowed) <= set(known):
+            raise ValueError(f"allowed_special must be a set of {sorted(known)}, got {allowed!r}")
 
 
 class StreamDecoder:
@@ -105,7 +111,7 @@ class BytePairTokenizer(Tokenizer):
     def from_ranks(
         cls, ranks: dict[bytes, int], pattern: str = GPT2_PATTERN, special_tokens: dict[str, int] | None = None
     ) -> BytePairTokenizer:
-        """From tiktoken ranks; "<|endoftext|>" gets the next free id unless special tokens are given."""
+        """From tiktoken ranks; "<|endoftext|>" gets the lowest free id unless special tokens are given."""
         import tiktoken
 
         single_bytes = [bytes([b]) for b in range(256)]
@@ -114,18 +120,36 @@ class BytePairTokenizer(Tokenizer):
             raise ValueError(
                 f"the ranks lack {len(missing)} of the 256 single bytes, {missing[0]!r} first; not every text could be encoded"
             )
-        if sorted(ranks.values()) != list(range(len(ranks))):
-            raise ValueError(f"the ranks of {len(ranks)} tokens must be 0 to {len(ranks) - 1}, each once")
-        special_tokens = {END_OF_TEXT: len(ranks)} if special_tokens is None else special_tokens
+        if special_tokens is None:
+            taken = set(ranks.values())
+            special_tokens = {END_OF_TEXT: next(i for i in itertools.count() if i not in taken)}
+        if not isinstance(special_tokens, dict) or "" in special_tokens:
+            raise ValueError(f"special_tokens must map texts to ids, got {special_tokens!r}")
+        seen: set[int] = set()
+        for token, i in itertools.chain(ranks.items(), special_tokens.items()):
+            # Ids may have gaps (OpenAI's p50k and cl100k have), but not so wide that they ask for a terabyte of embeddings.
+            if type(i) is not int or not 0 <= i < MAX_SIZES["vocab_size"] or i in seen:
+                raise ValueError(
+                    f"ids must be whole numbers under {MAX_SIZES['vocab_size']:,}, each once; {token!r} has {i!r}"
+                )
+            seen.add(i)
         return cls(tiktoken.Encoding("fastgpt", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens))
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
+        self._check_special(allowed_special, self.encoding._special_tokens)
         ids: list[int] = []
         for piece in _pieces(text):
-            if allowed_special:
-                ids += self.encoding.encode(piece, allowed_special=set(allowed_special), disallowed_special=())
-            else:
-                ids += self.encoding.encode_ordinary(piece)
+            try:
+                if allowed_special:
+                    ids += self.encoding.encode(piece, allowed_special=set(allowed_special), disallowed_special=())
+                else:
+                    ids += self.encoding.encode_ordinary(piece)
+            except BaseException as error:
+                if type(error).__name__ != "PanicException":  # Rust's panics: no Exception, of no importable type
+                    raise
+                raise ValueError(
+                    f"tiktoken can't encode a piece of {len(piece):,} characters without a line break between two words: {error}"
+                ) from None
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -164,6 +188,8 @@ class SymbolTokenizer(Tokenizer):
     def __init__(self, kind: str, symbols: list[str]) -> None:
         if kind not in ("char", "word"):
             raise ValueError(f"kind must be 'char' or 'word', got {kind!r}")
+        if not isinstance(symbols, list) or not all(isinstance(symbol, str) and symbol for symbol in symbols):
+            raise ValueError(f"symbols must be a list of texts, got {repr(symbols)[:100]}")
         if not symbols or len(set(symbols)) != len(symbols):
             raise ValueError(
                 f"symbols must be at least one, each once; got {len(symbols)}, {len(set(symbols))} of them different"
@@ -182,6 +208,7 @@ class SymbolTokenizer(Tokenizer):
         return list(text) if kind == "char" else cls._WORD.findall(text)
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
+        self._check_special(allowed_special, ())
         try:
             return [self._ids[symbol] for symbol in self._split(self.kind, text)]
         except KeyError as error:
@@ -222,40 +249,56 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
         raise FileNotFoundError(
             f'no tokenizer at {str(source)!r}; expected "gpt2", a .tiktoken file, a {FILE} or a directory'
         )
-    if path.suffix == ".tiktoken":
-        return BytePairTokenizer.from_ranks(read_ranks(path))
+    ranks = read_ranks(path) if path.suffix == ".tiktoken" else None
     try:
+        if ranks is not None:
+            return BytePairTokenizer.from_ranks(ranks)
         settings = json.loads(path.read_text(encoding="utf-8"))
         kind = settings["kind"]
-        if kind == "gpt2":
-            return _gpt2()
+        if kind in ("char", "word"):
+            return SymbolTokenizer(kind, settings["symbols"])
         if kind == "tiktoken":
-            return BytePairTokenizer.from_ranks(
-                read_ranks(path.parent / RANKS), settings["pattern"], settings["special_tokens"]
-            )
-        return SymbolTokenizer(kind, settings["symbols"])
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a tokenizer file: {error!r}") from error
+            ranks = read_ranks(path.parent / RANKS)
+            return BytePairTokenizer.from_ranks(ranks, settings["pattern"], settings["special_tokens"])
+        if kind != "gpt2":
+            raise ValueError(f"kind must be 'gpt2', 'tiktoken', 'char' or 'word', got {kind!r}")
+    except KeyError as error:
+        raise ValueError(f"{path} is not a tokenizer file: it lacks {error.args[0]!r}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a tokenizer file: {error}") from error
+    return _gpt2()
 
 
 def read_ranks(path: str | os.PathLike[str]) -> dict[bytes, int]:
-    """The ranks of a tiktoken file. ValueError names the line that is none."""
+    """The ranks of a tiktoken file. ValueError names the line that is none, or that has a token or rank a second time."""
     ranks: dict[bytes, int] = {}
+    seen: set[int] = set()
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        if not line:  # tiktoken skips them too
+            continue
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            code, digits = line.split()
+            token, rank = base64.b64decode(code, validate=True), int(digits)
         except ValueError as error:
             raise ValueError(
                 f"{path}, line {number}: expected a base64 token and its rank, got {line[:60]!r}"
             ) from error
+        if token in ranks or rank in seen:
+            raise ValueError(f"{path}, line {number}: the token {token!r} or its rank {rank} came before")
+        ranks[token] = rank
+        seen.add(rank)
     return ranks
 
 
 def train_byte_pairs(texts: Iterable[str], vocab_size: int, pattern: str = GPT2_PATTERN) -> BytePairTokenizer:
-    """Learn a byte-level BPE of `vocab_size` ids, "<|endoftext|>" the last, with Hugging Face's `tokenizers` (extra `hf`)."""
+    """Learn a byte-level BPE with Hugging Face's `tokenizers` (extra `hf`).
+
+    It has `vocab_size` ids, "<|endoftext|>" the last; fewer if the texts have fewer different pairs to merge.
+    """
     import importlib.util
 
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size must be at least 257 (256 bytes and {END_OF_TEXT}), got {vocab_size}")
     if importlib.util.find_spec("tokenizers") is None:
         raise ValueError("training a tokenizer needs the package tokenizers: pip install 'fastgpt-triton[hf]'")
     from tokenizers import Regex, models, pre_tokenizers, trainers
@@ -299,15 +342,18 @@ def _gpt2() -> BytePairTokenizer:
 
 
 def _pieces(text: str) -> Iterable[str]:
-    """Cuts of a long text at line ends, so that no piece is much over PIECE_CHARACTERS (a single longer line stays whole)."""
+    """Cuts of a long text at line ends, so that no piece is much over PIECE_CHARACTERS (a single longer line stays whole).
+
+    A cut comes after a line end between two visible characters, which is a token of its own in GPT-2's pattern. Among other
+    white space it isn't: of "\\n\\nx" the pattern takes "\\n" and "\\n", of "\\n\\n" at the end of a text both at once.
+    """
     if len(text) <= PIECE_CHARACTERS:
         yield text
         return
     start = 0
     while start < len(text):
         end = text.find("\n", start + PIECE_CHARACTERS)
-        # Cut before a line that starts with a visible character: GPT-2's pattern never joins across "\n" and a letter.
-        while end != -1 and end + 1 < len(text) and text[end + 1].isspace():
+        while end != -1 and (text[end - 1].isspace() or text[end + 1 : end + 2].isspace()):
             end = text.find("\n", end + 1)
         end = len(text) if end == -1 else end + 1
         yield text[start:end]

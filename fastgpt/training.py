@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastgpt.config import GPTConfig
+from fastgpt.config import GPTConfig, TokenIdError
 from fastgpt.data import TokenStream
 from fastgpt.files import atomic_write, write_text
 from fastgpt.model import GPTModel
@@ -58,8 +58,16 @@ class TrainSettings:
         for name in ("lr", "grad_clip"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must be a number over 0, got {getattr(self, name)}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
+        for name in ("warmup_steps", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise ValueError(f"weight_decay must be a number from 0, got {self.weight_decay}")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(f"min_lr_ratio must be from 0 to 1, got {self.min_lr_ratio}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be from 0 to less than 1, got {getattr(self, name)}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
 
@@ -108,6 +116,13 @@ class Trainer:
     ) -> None:
         self.model, self.tokenizer, self.data, self.validation = model, tokenizer, data, validation
         self.settings, self.directory, self.step = settings, directory, 0
+        for name, stream in (("data", data), ("validation", validation)):
+            # Here, once: on a GPU an id outside the embedding is a device assert that ends the process.
+            if int(stream.tokens.min()) < 0 or int(stream.tokens.max()) >= model.config.vocab_size:
+                raise TokenIdError(
+                    f"{name} has token ids {stream.tokens.min()} to {stream.tokens.max()}, "
+                    f"the model a vocabulary of {model.config.vocab_size}"
+                )
         self.optimizer = torch.optim.AdamW(
             optimizer_groups(model, settings.weight_decay),
             lr=settings.lr,
@@ -126,7 +141,10 @@ class Trainer:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # pickle, zip and torch raise their own types for a damaged file
             raise ValueError(f"{path} is not a whole checkpoint: {error}") from error
-        mine = {"config": self.model.config.to_dict(), "settings": dataclasses.asdict(self.settings)}
+        keys = {"model", "optimizer", "rng", "step", "config", "settings", "data"}
+        if not isinstance(state, dict) or not keys <= set(state):
+            raise ValueError(f"{path} is not a whole checkpoint: it must have {sorted(keys)}")
+        mine = self._identity()
         changed = [
             f"{key}: {state[part].get(key)!r} in the checkpoint, {value!r} now"
             for part in mine
@@ -141,9 +159,14 @@ class Trainer:
         if "cuda_rng" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda_rng"], self.model.device)
         self.step = state["step"]
+        self.log = []
         if (self.directory / LOG).is_file():
             lines = (self.directory / LOG).read_text(encoding="utf-8").splitlines()
-            self.log = [entry for entry in map(json.loads, lines) if entry["step"] <= self.step]
+            with contextlib.suppress(json.JSONDecodeError):  # a killed run may leave half a line, always the last
+                for line in lines:
+                    entry = json.loads(line)
+                    if entry["step"] <= self.step:
+                        self.log.append(entry)
 
     def run(self, report: Callable[[dict[str, Any]], None] = lambda entry: None) -> int | None:
         """Train to max_steps; `report` gets every log entry. Returns the signal that stopped it early, or None.
@@ -165,7 +188,7 @@ class Trainer:
                 loss, norm, lr = self._train_step()
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     raise NonFiniteLoss(
-                        f"step {self.step}: loss {loss}, gradient norm {norm}; "
+                        f"step {self.step + 1}: loss {loss}, gradient norm {norm}; "
                         f"the last whole checkpoint is {self._last_checkpoint()}. "
                         "A lower learning rate or a longer warmup usually helps"
                     )
@@ -215,14 +238,21 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
             "step": self.step,
-            "config": self.model.config.to_dict(),
-            "settings": dataclasses.asdict(self.settings),
+            **self._identity(),
         }
         if self.model.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.model.device)
         self.model.save_pretrained(self.directory)
         self.tokenizer.save(self.directory)
         atomic_write(self.directory / STATE, lambda path: torch.save(state, path))
+
+    def _identity(self) -> dict[str, dict[str, Any]]:
+        """What has to be the same for a run to go on as if it had never stopped."""
+        return {
+            "config": self.model.config.to_dict(),
+            "settings": dataclasses.asdict(self.settings),
+            "data": {"tokens": len(self.data.tokens), "context": self.data.context},
+        }
 
     def draw_curve(self) -> Path | None:
         """loss.png from the log; None where matplotlib isn't installed."""
@@ -243,7 +273,8 @@ class Trainer:
             points = [(entry["step"], entry[key]) for entry in self.log if key in entry]
             if points:
                 axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), **style)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
         axes.grid(alpha=0.3)
         atomic_write(self.directory / CURVE, lambda path: figure.savefig(path, format="png", dpi=120))
         return self.directory / CURVE

@@ -58,15 +58,16 @@ GPT2_LAYER = {
     "h.{i}.mlp.c_proj.weight": ("trf_blocks.{i}.ff.layers.2.weight", "T"),
     "h.{i}.mlp.c_proj.bias": ("trf_blocks.{i}.ff.layers.2.bias", "copy"),
 }
+PADDED = ("tok_emb.weight", "out_head.weight", "out_head.bias")  # rows: padded_vocab_size in a model, vocab_size here
 GPT2_IGNORED = (".attn.bias", ".attn.masked_bias")  # causal mask buffers of older transformers
 GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 # Options of transformers' GPT2Config that change the numbers and that GPTConfig has no field for: only these values load.
-GPT2_FIXED = {
-    "n_inner": (None,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-}
+GPT2_FIXED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+# What a config.json and the GPTConfig under its "fastgpt" must agree on.
+GPT2_SAID = (
+    *("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"),
+    *("activation_function", "layer_norm_epsilon", "tie_word_embeddings"),
+)
 
 
 class CheckpointError(ValueError):
@@ -93,11 +94,24 @@ def load_pretrained(source: str | os.PathLike[str], revision: str | None = None)
             for theirs, ours, how in plan:
                 tensors.update(_to_ours(where[theirs].get_tensor(theirs), ours, how))
         except SafetensorError as error:
-            names = ", ".join(str(file) for file in files)
-            raise CheckpointError(f"{names} is not a whole safetensors file: {error}") from error
-    for name in absent_biases(config):
-        tensors.pop(name, None)
+            raise CheckpointError(f"{', '.join(map(str, files))}: not a whole safetensors file: {error}") from error
+    _drop_redundant(config, tensors)
     return config, tensors
+
+
+def _drop_redundant(config: GPTConfig, tensors: dict[str, Tensor]) -> None:
+    """Remove what GPT-2's layout has and this config doesn't, after a look that nothing is lost with it."""
+    redundant = sorted(absent_biases(config) & set(tensors))
+    lost = [f"{name} isn't zero, and the config has no such bias" for name in redundant if tensors.pop(name).any()]
+    head = tensors.pop("out_head.weight") if config.tie_weights and "out_head.weight" in tensors else None
+    if head is not None and not _same(head, tensors["tok_emb.weight"]):
+        lost.append("the head differs from the token embedding, and the config says that they are one (tied)")
+    if lost:
+        raise CheckpointError("the config leaves out weights that the checkpoint has:\n  " + "\n  ".join(lost))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() or torch.allclose(a.to(b.dtype), b, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def padded(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
@@ -105,7 +119,7 @@ def padded(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor
     out = dict(tensors)
     extra = config.padded_vocab_size - config.vocab_size
     if extra:
-        for name in ("tok_emb.weight", "out_head.weight", "out_head.bias"):
+        for name in PADDED:
             if name in out:
                 out[name] = torch.cat((out[name], out[name].new_zeros(extra, *out[name].shape[1:])))
     if config.tie_weights:
@@ -124,22 +138,34 @@ def save_pretrained(
     A GPT-2 config.json also carries the GPTConfig under "fastgpt" (transformers ignores it), so that loading here is exact.
     """
     directory = Path(directory)
-    tensors = {}
-    for name, shape in expected_shapes(config).items():
-        if name not in state_dict:
-            raise ValueError(f"the state dict lacks {name}")
-        tensor = state_dict[name].detach()
-        if tensor.shape[1:] != shape[1:] or tensor.shape[0] < shape[0]:
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)}, the config says {shape}; save a swapped module by torch.save"
-            )
-        tensors[name] = tensor[: shape[0]].to(device="cpu", dtype=dtype or tensor.dtype)
-    stored = config.replace(vocab_multiple=1)
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {list(DTYPES.values())}, got {dtype}")
+    wanted = expected_shapes(config)
+    allowed = wanted | ({"out_head.weight": wanted["tok_emb.weight"]} if config.tie_weights else {})
+    problems = [f"{name} is missing" for name in wanted if name not in state_dict]
+    problems += [f"{name} has no place" for name in state_dict if name not in allowed]
+    for name, shape in allowed.items():
+        rows = config.padded_vocab_size if name in PADDED else shape[0]
+        if name in state_dict and tuple(state_dict[name].shape) not in (shape, (rows, *shape[1:])):
+            problems.append(f"{name} is {list(state_dict[name].shape)}, not {list(shape)}")
+        elif name in state_dict and state_dict[name].dtype not in DTYPES.values():
+            problems.append(f"{name} has dtype {state_dict[name].dtype}, not one of {list(DTYPES.values())}")
+    V, head = config.vocab_size, state_dict.get("out_head.weight") if config.tie_weights and not problems else None
+    if head is not None and not _same(head[:V], state_dict["tok_emb.weight"][:V]):
+        problems.append("out_head.weight differs from tok_emb.weight, and the config says that they are one (tied)")
+    if problems:
+        raise ValueError(
+            f"the state dict isn't that of a GPTModel of this config in {len(problems)} places; fold or remove swapped "
+            "modules, or save them by torch.save:\n  " + "\n  ".join(problems)
+        )
+    tensors = {
+        name: state_dict[name].detach()[: shape[0]].to(device="cpu", dtype=dtype) for name, shape in wanted.items()
+    }
     if fits_gpt2(config):
-        tensors, settings = _to_gpt2(config, tensors), _gpt2_settings(stored)
+        tensors, settings = _to_gpt2(config, tensors), _gpt2_settings(config)
     else:
-        settings = {"model_type": "fastgpt", "fastgpt": stored.to_dict()}
-    metadata = {"format": "pt", "fastgpt": json.dumps(stored.to_dict())}
+        settings = {"model_type": "fastgpt", "fastgpt": config.to_dict()}
+    metadata = {"format": "pt", "fastgpt": json.dumps(config.to_dict())}
     contiguous = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     atomic_write(directory / "model.safetensors", lambda path: save_file(contiguous, path, metadata=metadata))
     write_text(directory / "config.json", json.dumps(settings, indent=2) + "\n")
@@ -170,16 +196,11 @@ def expected_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 def absent_biases(config: GPTConfig) -> set[str]:
     """Biases that GPT-2's layout has and a model of this config doesn't: stored there as zeros, dropped on the way back."""
-    names: set[str] = set()
-    for i in range(config.n_layers):
-        if not config.qkv_bias:
-            names |= {f"trf_blocks.{i}.att.{name}.bias" for name in _QKV}
-        if not config.bias:
-            names |= {
-                f"trf_blocks.{i}.{part}" for part in ("att.out_proj.bias", "ff.layers.0.bias", "ff.layers.2.bias")
-            }
-            names |= {f"trf_blocks.{i}.{norm}.shift" for norm in ("norm1", "norm2")}
-    return names if config.bias else names | {"final_norm.shift"}
+    names = {f"trf_blocks.{i}.att.{name}.bias" for i in range(config.n_layers) for name in _QKV if not config.qkv_bias}
+    if config.bias:
+        return names
+    parts = ("att.out_proj.bias", "ff.layers.0.bias", "ff.layers.2.bias", "norm1.shift", "norm2.shift")
+    return names | {f"trf_blocks.{i}.{part}" for i in range(config.n_layers) for part in parts} | {"final_norm.shift"}
 
 
 def fits_gpt2(config: GPTConfig) -> bool:
@@ -202,7 +223,7 @@ def _locate(source: str | os.PathLike[str], revision: str | None) -> tuple[Path,
         return path, [path / "model.safetensors"]
     index = path / "model.safetensors.index.json"
     if not index.is_file():
-        raise CheckpointError(f"{path} has neither model.safetensors nor model.safetensors.index.json")
+        raise CheckpointError(f"{path} has no model.safetensors, nor its .index.json; other formats can run code")
     weight_map = _read_json(index, limit=2**26).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map of file names")
@@ -243,7 +264,7 @@ def _read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
         raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; at most {limit:,} are read")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # bad bytes, bad syntax, integers of thousands of digits
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
@@ -259,19 +280,28 @@ def _config(
             raw = {"fastgpt": json.loads(metadata["fastgpt"])}
         if raw is None:
             return _infer(shapes)
-        if "fastgpt" in raw:
-            return GPTConfig.from_dict(raw["fastgpt"])
-        if raw.get("model_type", "gpt2") != "gpt2":
-            raise CheckpointError(f"config.json is of model_type {raw['model_type']!r}; only 'gpt2' and 'fastgpt' load")
-        for name, allowed in GPT2_FIXED.items():
-            if raw.get(name, allowed[0]) not in allowed:
+        kind, activation = raw.get("model_type", "gpt2"), raw.get("activation_function", "gelu_new")
+        if kind not in ("gpt2", "fastgpt"):
+            raise CheckpointError(f"config.json is of model_type {kind!r}; only 'gpt2' and 'fastgpt' load")
+        for name, value in GPT2_FIXED.items():
+            if raw.get(name, value) != value:
                 raise CheckpointError(f"config.json has {name}={raw[name]!r}, which this model has no way to compute")
-        activation = raw.get("activation_function", "gelu_new")
-        if activation not in GPT2_ACTIVATIONS:
+        if activation not in list(GPT2_ACTIVATIONS):
             raise CheckpointError(
                 f"config.json has activation_function={activation!r}; known are {sorted(GPT2_ACTIVATIONS)}"
             )
-        return GPTConfig(
+        if "fastgpt" in raw or kind == "fastgpt":
+            if not isinstance(raw["fastgpt"], dict):
+                raise CheckpointError(f'"fastgpt" in config.json must be an object, got {raw["fastgpt"]!r}')
+            config = GPTConfig.from_dict(raw["fastgpt"])
+            said = {name: value for name, value in _gpt2_settings(config).items() if name in GPT2_SAID and name in raw}
+            differ = [f"{name}={raw[name]!r} beside {value!r}" for name, value in said.items() if raw[name] != value]
+            if differ:
+                raise CheckpointError(
+                    f'config.json contradicts its own "fastgpt": {", ".join(differ)}; mend or delete that'
+                )
+            return config
+        config = GPTConfig(
             vocab_size=raw["vocab_size"],
             context_length=raw["n_positions"],
             emb_dim=raw["n_embd"],
@@ -286,17 +316,20 @@ def _config(
             emb_drop_rate=raw.get("embd_pdrop", 0.1),
             attn_drop_rate=raw.get("attn_pdrop", 0.1),
         )
+        if raw.get("n_inner") not in (None, config.hidden_dim):
+            raise CheckpointError(f"config.json has n_inner={raw['n_inner']!r}; only four times n_embd loads")
+        return config
     except CheckpointError:
         raise
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"config.json: {error}") from error
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error.args[0]!r}") from error
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"config.json: {error}") from error
 
 
 def _infer(shapes: Mapping[str, tuple[int, ...]]) -> GPTConfig:
     bare = {name.removeprefix("transformer."): shape for name, shape in shapes.items()}
-    if "wte.weight" not in bare or "wpe.weight" not in bare or len(bare["wte.weight"]) != 2:
+    if len(bare.get("wte.weight", ())) != 2 or len(bare.get("wpe.weight", ())) != 2:
         raise CheckpointError("there is no config.json, and the names are not GPT-2's, so the sizes can't be told")
     V, C = bare["wte.weight"]
     layers = len({name.split(".")[1] for name in bare if name.startswith("h.")})
@@ -327,24 +360,21 @@ def _plan(
     config: GPTConfig, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]
 ) -> list[tuple[str, str, str]]:
     """(name in the file, ours, how) for every tensor to read; CheckpointError with every mismatch."""
-    own = expected_shapes(config.replace(vocab_multiple=1))
+    # A tied head may be there too; it is read, so that `_drop_redundant` can tell whether it is the same.
+    head = config.replace(tie_weights=config.tie_weights and not {"out_head.weight", "lm_head.weight"} & set(shapes))
     if "tok_emb.weight" in shapes:
-        plan = [(name, name, "copy") for name in own]
-        wanted = dict(own)
+        wanted = expected_shapes(head)
+        plan = [(name, name, "copy") for name in wanted]
         ignored = {name for name in shapes if name.endswith(".att.mask")}
-        if config.tie_weights:
-            ignored.add("out_head.weight")
     else:
         prefix = "transformer." if any(name.startswith("transformer.") for name in shapes) else ""
-        full = expected_shapes(config.replace(vocab_multiple=1, bias=True, qkv_bias=True))
+        full = expected_shapes(head.replace(bias=True, qkv_bias=True))
         plan, wanted = [], {}
-        for theirs, ours, how in _gpt2_names(config):
+        for theirs, ours, how in _gpt2_names(head):
             name = theirs if theirs == "lm_head.weight" else prefix + theirs
             plan.append((name, ours, how))
             wanted[name] = _their_shape(full, ours, how)
         ignored = {name for name in shapes if name.endswith(GPT2_IGNORED)}
-        if config.tie_weights:
-            ignored.add("lm_head.weight")
     problems = [f"missing {name} {list(wanted[name])}" for name in wanted if name not in shapes]
     problems += [
         f"unknown {name} {list(shapes[name])}" for name in shapes if name not in wanted and name not in ignored

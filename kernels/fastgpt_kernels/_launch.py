@@ -4,10 +4,10 @@
 and, inside `record(arch)`, writes the launch down instead of making it: run an op on meta tensors there, and what is
 recorded is what production would launch on that architecture.
 
-`register` makes a launcher a `torch.library` op under the namespace `fastgpt`, so that it survives `torch.compile(fullgraph=True)` and
-passes `torch.library.opcheck`. Plain `define` and `impl` cost a third of `torch.library.custom_op` per call
-(https://github.com/meta-pytorch/attention-gym, .agents/skills/validating-pytorch-custom-ops); autograd stays outside, in each
-file's `torch.autograd.Function`.
+`register` makes a launcher a `torch.library` op under the namespace `fastgpt`, so that it survives
+`torch.compile(fullgraph=True)` and passes `torch.library.opcheck`. Plain `define` and `impl` cost a third of
+`torch.library.custom_op` per call (https://github.com/meta-pytorch/attention-gym, its notes on validating custom ops); autograd
+stays outside, in each file's `torch.autograd.Function`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
     if _recording is not None:
         _recording.append(Launch(kernel, grid, args, kwargs))
         return
-    tensor = next(a for a in args if isinstance(a, Tensor))
+    tensor = next(
+        t for t in (getattr(a, "base", a) for a in args) if isinstance(t, Tensor)
+    )  # a tensor descriptor's base
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         with torch.cuda.device(tensor.device):
             kernel[grid](*args, **kwargs)
@@ -100,7 +102,8 @@ def check_device(op: str, **tensors: Tensor | None) -> None:
     given = {name: t for name, t in tensors.items() if t is not None}
     devices = {str(t.device) for t in given.values()}
     if len(devices) != 1:
-        raise ValueError(f"{op}: all tensors must be on one device, got " + ", ".join(f"{n} on {t.device}" for n, t in given.items()))
+        where = ", ".join(f"{name} on {tensor.device}" for name, tensor in given.items())
+        raise ValueError(f"{op}: all tensors must be on one device, got {where}")
     tensor = next(iter(given.values()))
     if not (tensor.is_cuda or INTERPRETING or _recording is not None or torch.compiler.is_compiling()):
         raise ValueError(
