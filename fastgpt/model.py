@@ -248,16 +248,15 @@ class GPTModel(nn.Module):
         self._check(idx, cache)
         T = idx.shape[1]
         if cache is None:
-            x = self.drop_emb(self.tok_emb(idx) + self.pos_emb(torch.arange(T, device=idx.device)))
-            return self.final_norm(self.trf_blocks(x))
+            return self.final_norm(self.trf_blocks(self._embed(idx, 0)))
         if not self.config.causal:
             raise ValueError("a model with causal=False has no KV cache: every position attends to later ones too")
         starts = cache.start(T)
         if len(set(starts)) == 1:
-            positions = torch.arange(starts[0], starts[0] + T, device=idx.device)
+            x = self._embed(idx, starts[0])
         else:
             positions = torch.tensor(starts, device=idx.device)[:, None] + torch.arange(T, device=idx.device)
-        x = self.drop_emb(self.tok_emb(idx) + self.pos_emb(positions))
+            x = self.drop_emb(self.tok_emb(idx) + self.pos_emb(positions))
         if T == 1 and (plan := self._decoder_plan()) is not None:
             config = self.config
             x = decoder.decode(x[:, 0], plan, cache, starts, config.n_heads, config.activation, config.norm_eps)[
@@ -267,6 +266,17 @@ class GPTModel(nn.Module):
             for block in self.trf_blocks:
                 x = block(x, cache, starts)
         return self.final_norm(x)
+
+    def _embed(self, idx: Tensor, offset: int) -> Tensor:
+        """dropout(tokens + positions offset .. offset + T - 1) [B, T, C]"""
+        tables, drop = (self.tok_emb, self.pos_emb), self.drop_emb
+        if all(_plain(t, nn.Embedding) and t.padding_idx is t.max_norm is None for t in tables) and _plain(
+            drop, nn.Dropout
+        ):
+            p = drop.p if self.training else 0.0
+            return ops.embedding(idx, self.tok_emb.weight, self.pos_emb.weight, p, offset=offset)
+        positions = torch.arange(offset, offset + idx.shape[1], device=idx.device)
+        return drop(self.tok_emb(idx) + self.pos_emb(positions))
 
     def _decoder_plan(self) -> decoder.Plan | None:
         """What decoder.decode runs from, or None where it doesn't apply."""

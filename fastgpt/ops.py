@@ -20,6 +20,7 @@ from fastgpt import reference
 
 BACKENDS = ("auto", "triton", "reference")
 OPS = (
+    "embedding",
     "layer_norm",
     "add_layer_norm",
     "softmax",
@@ -111,6 +112,17 @@ def _module(op: str, x: Tensor) -> ModuleType:
     import fastgpt_kernels
 
     return fastgpt_kernels
+
+
+def embedding(
+    idx: Tensor,
+    tok_weight: Tensor,
+    pos_weight: Tensor,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    offset: int = 0,
+) -> Tensor:
+    return _module("embedding", tok_weight).embedding(idx, tok_weight, pos_weight, dropout_p, seed, offset)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:

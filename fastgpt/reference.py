@@ -19,6 +19,19 @@ from torch import Tensor
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
 
 
+def embedding(
+    idx: Tensor,
+    tok_weight: Tensor,
+    pos_weight: Tensor,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    offset: int = 0,
+) -> Tensor:
+    """dropout(tok_weight[idx] + pos_weight[offset + t]). idx [B, T], tok_weight [V, C], pos_weight [P, C] -> [B, T, C]."""
+    positions = pos_weight[offset : offset + idx.shape[1]]
+    return _dropout(F.embedding(idx, tok_weight) + positions, dropout_p, seed)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension; var is biased. x [..., C] -> x's shape and dtype."""
     if weight.dtype == x.dtype:

@@ -28,6 +28,12 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float)
     return out
 
 
+def test_embedding_is_the_sum_of_two_rows():
+    idx, tokens, positions = torch.randint(9, (2, 5)), torch.randn(9, 4), torch.randn(8, 4)
+    expected = torch.stack([torch.stack([tokens[i] + positions[3 + t] for t, i in enumerate(row)]) for row in idx])
+    assert torch.equal(reference.embedding(idx, tokens, positions, offset=3), expected)
+
+
 def test_layer_norm_is_the_formula():
     x, w, b = torch.randn(5, 7).double(), torch.randn(7).double(), torch.randn(7).double()
     expected = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * w + b

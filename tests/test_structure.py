@@ -26,6 +26,7 @@ RANK = {
     "reference": 2,
     "sampling": 2,
     "ops": 3,
+    "decoder": 4,
     "generation": 4,
     "weights": 4,
     "model": 5,
