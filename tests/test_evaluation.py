@@ -41,8 +41,10 @@ def by_hand(model: GPTModel, ids: list[int], stride: int, directory) -> float:
 @pytest.mark.parametrize(("stride", "batch"), [(1, 8), (5, 3), (16, 1), (None, 8)])
 def test_the_cost_is_the_sum_over_windows(stride, batch, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "WINDOWS_PER_BATCH", batch)
-    model = model_for(PLAIN)
+    model, rows = model_for(PLAIN), []
+    model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     result = evaluate(model, PLAIN, DOCUMENTS, stride)
+    assert max(rows) == min(sum(rows), batch)
     end = 258
     ids = [end]
     for document in DOCUMENTS:

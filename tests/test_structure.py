@@ -127,7 +127,9 @@ def test_wheel_holds_both_packages_and_nothing_called_kernels():
 
 def test_readmes_tree_names_every_module_once():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = readme[readme.index("fastgpt/                imports torch") : readme.index("benchmarks/  tests/  examples/")]
+    tree = readme[
+        readme.index("fastgpt/                imports torch") : readme.index("benchmarks/  tests/  examples/")
+    ]
     named = [line.split()[0] for line in tree.splitlines() if line.startswith("  ")]
     modules = {path.name for path in (ROOT / "fastgpt").glob("*.py") if not path.stem.startswith("__")}
     assert sorted(name for name in named if name.endswith(".py")) == sorted(modules)

@@ -1,0 +1,288 @@
+"""What `fastgpt_kernels.aot` compiles, and what it holds each kernel to.
+
+A case is one use of a public function at one of the GPT-2 family's sizes; a kernel that no entry of KINDS names fails the lane.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# tf32: fp32 with torch.set_float32_matmul_precision("high"), for the ops with products
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+WIDTHS = {768: 12, 1024: 16, 1280: 20, 1600: 25}  # GPT-2's four models and their heads
+HEAD_SIZES = (64, 80, 96, 128)
+VOCABULARY = 50257
+ROWS = 8192  # 8 sequences of 1024 tokens
+
+
+class Kind(NamedTuple):
+    """What a kernel is held to. flops: of one launch, from its arguments by name; None where memory bounds it.
+    wide_loads: the least share of a memory-bound 16-bit kernel's bytes that must come in 16-byte loads."""
+
+    flops: Callable[[Mapping[str, Any]], float] | None = None
+    wide_loads: float = 0.5
+
+
+def _product_flops(a: Mapping[str, Any]) -> float:
+    return 2.0 * a["M"] * a["N"] * a["K"]
+
+
+def _attention_flops(products: int) -> Callable[[Mapping[str, Any]], float]:
+    """Of `products` matrix products of [B, H, T, S] with D; causality saves half of each."""
+    return lambda a: products * 2.0 * a["q_ptr"].numel() * a["S"] * (0.5 if a["CAUSAL"] else 1.0)
+
+
+STREAM = Kind()
+PRODUCT = Kind(_product_flops)
+KINDS: dict[str, Kind] = {
+    "_layer_norm_fwd_kernel": STREAM,
+    "_layer_norm_bwd_kernel": STREAM,
+    "_column_sums_kernel": STREAM,
+    "_softmax_fwd_kernel": STREAM,
+    "_softmax_bwd_kernel": STREAM,
+    "_softmax_wide_fwd_kernel": STREAM,
+    "_softmax_wide_bwd_kernel": STREAM,
+    "_gelu_fwd_kernel": STREAM,
+    "_gelu_bwd_kernel": STREAM,
+    "_activation_backward_kernel": STREAM,
+    "_sum_kernel": STREAM,
+    "_gemm_kernel": PRODUCT,
+    "_gemm_rows_kernel": PRODUCT,
+    "_attention_fwd_kernel": Kind(_attention_flops(2)),
+    "_attention_bwd_kernel": Kind(_attention_flops(5)),
+    "_attention_statistics_kernel": STREAM,
+    "_decode_split_kernel": STREAM,
+    "_decode_combine_kernel": STREAM,
+    # A gather: its ids are narrow loads, and so far are one table's rows; fastgpt/ops.py keeps torch's own for it.
+    "_embedding_fwd_kernel": Kind(wide_loads=0.3),
+    "_embedding_bwd_kernel": STREAM,
+    "_cross_entropy_kernel": STREAM,
+    "_scale_kernel": STREAM,
+}
+
+
+class Case(NamedTuple):
+    """One use of a public function: `build` runs it, forward and backward, on meta tensors."""
+
+    op: str
+    label: str  # begins with the name of its dtype
+    build: Callable[[], None]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
+
+
+def backward(*outputs: Tensor) -> None:
+    torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+
+
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """Which of the GPT-2 family's sizes and variants to go through.
+
+    Unless `exhaustive`, what hardly changes the code is gone through at the first size alone: the dtypes in `first_size_only`
+    and the variants (no bias, fp32 weights, other activations, a residual without dropout).
+    """
+
+    dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
+    widths: tuple[int, ...] = tuple(WIDTHS)
+    head_sizes: tuple[int, ...] = HEAD_SIZES
+    variants: bool = True
+    first_size_only: tuple[str, ...] = ("fp16", "tf32")  # they differ from bf16 and fp32 in conversions and precision
+    exhaustive: bool = False
+
+    def over(self, sizes: Sequence[int], products: bool = False) -> Iterator[tuple[str, torch.dtype, int, bool]]:
+        """(name, dtype, size, whether to go through the variants)."""
+        tf32 = ("tf32",) if products and "fp32" in self.dtypes else ()
+        for name, size in itertools.product((*self.dtypes, *tf32), sizes):
+            first = self.exhaustive or size == sizes[0]
+            if first or name not in self.first_size_only:
+                yield name, DTYPES[name], size, self.variants and first
+
+
+QUICK = Scope(("bf16",), (768,), (64,), variants=False)
+# for sm100 and sm120, to keep the lane within five minutes on two cores
+NARROW = Scope(variants=False, first_size_only=("fp16", "tf32", "fp32"))
+
+
+def layer_norm_cases(scope: Scope) -> Iterator[Case]:
+    from .layer_norm import add_layer_norm, layer_norm
+
+    def run(
+        dtype: torch.dtype, weight_dtype: torch.dtype, width: int, rows: int, bias: bool, dropout_p: float | None
+    ) -> None:
+        weight = meta(width, dtype=weight_dtype, grad=True)
+        shift = meta(width, dtype=weight_dtype, grad=True) if bias else None
+        x, residual = (meta(rows, width, dtype=dtype, grad=True) for _ in range(2))
+        if dropout_p is None:
+            backward(layer_norm(x, weight, shift))
+        else:
+            backward(*add_layer_norm(x, residual, weight, shift, dropout_p=dropout_p))
+
+    for name, dtype, width, variants in scope.over(scope.widths):
+        for dropout_p, rows in itertools.product((None, 0.0, 0.1) if variants else (None, 0.1), (ROWS, 8)):
+            op = "layer_norm" if dropout_p is None else "add_layer_norm"
+            label = f"{name} C={width} M={rows}" + (f" dropout={dropout_p}" if dropout_p else "")
+            yield Case(op, label, partial(run, dtype, dtype, width, rows, True, dropout_p))
+            if variants and rows == ROWS:
+                yield Case(op, f"{label} no bias", partial(run, dtype, dtype, width, rows, False, dropout_p))
+                # as under autocast
+                yield Case(op, f"{label} fp32 weight", partial(run, dtype, torch.float32, width, rows, True, dropout_p))
+
+
+def embedding_cases(scope: Scope) -> Iterator[Case]:
+    from .embedding import embedding
+
+    def run(dtype: torch.dtype, width: int, dropout_p: float) -> None:
+        tokens, positions = (meta(n, width, dtype=dtype, grad=True) for n in (VOCABULARY, 1024))
+        backward(embedding(meta(8, 1024, dtype=torch.int64), tokens, positions, dropout_p=dropout_p))
+
+    for name, dtype, width, _ in scope.over(scope.widths):
+        for dropout_p in (0.0, 0.1):
+            yield Case("embedding", f"{name} C={width} dropout={dropout_p}", partial(run, dtype, width, dropout_p))
+
+
+def softmax_cases(scope: Scope) -> Iterator[Case]:
+    from .softmax import softmax
+
+    def run(dtype: torch.dtype, shape: tuple[int, ...], causal: bool) -> None:
+        backward(softmax(meta(*shape, dtype=dtype, grad=True), scale=0.125, causal=causal))
+
+    for name in scope.dtypes:
+        for shape, causal in (((8, 12, 1024, 1024), True), ((8, 12, 1024, 1024), False), ((8, VOCABULARY), False)):
+            label = f"{name} {'x'.join(map(str, shape))}{' causal' if causal else ''}"
+            yield Case("softmax", label, partial(run, DTYPES[name], shape, causal))
+
+
+def gelu_cases(scope: Scope) -> Iterator[Case]:
+    from .gelu import bias_gelu, gelu
+
+    def run(dtype: torch.dtype, width: int, approximate: str, bias: bool) -> None:
+        x = meta(ROWS, 4 * width, dtype=dtype, grad=True)
+        if bias:
+            backward(bias_gelu(x, meta(4 * width, dtype=dtype, grad=True), approximate))
+        else:
+            backward(gelu(x, approximate))
+
+    for name, dtype, width, variants in scope.over(scope.widths):
+        for approximate, bias in itertools.product(("tanh", "none") if variants else ("tanh",), (False, True)):
+            label = f"{name} N={4 * width} {approximate}"
+            yield Case("bias_gelu" if bias else "gelu", label, partial(run, dtype, width, approximate, bias))
+
+
+def linear_cases(scope: Scope) -> Iterator[Case]:
+    from .linear import linear, mlp
+
+    def parameters(dtype: torch.dtype, n: int, k: int, bias: bool = True) -> tuple[Tensor, Tensor | None]:
+        return meta(n, k, dtype=dtype, grad=True), meta(n, dtype=dtype, grad=True) if bias else None
+
+    def run(dtype: torch.dtype, rows: int, k: int, n: int, bias: bool, activation: str | None) -> None:
+        grad = rows == ROWS
+        with contextlib.nullcontext() if grad else torch.no_grad():
+            y = linear(meta(rows, k, dtype=dtype, grad=True), *parameters(dtype, n, k, bias), activation)
+        if grad:
+            backward(y)
+
+    def run_mlp(dtype: torch.dtype, width: int, activation: str) -> None:
+        layers = *parameters(dtype, 4 * width, width), *parameters(dtype, width, 4 * width)
+        backward(mlp(meta(ROWS, width, dtype=dtype, grad=True), *layers, activation))
+
+    for name, dtype, width, variants in scope.over(scope.widths, products=True):
+        label = f"{name} C={width}"
+        products = {
+            "qkv": (width, 3 * width),
+            "out": (width, width),
+            "up": (width, 4 * width),
+            "down": (4 * width, width),
+        }
+        for rows, (layer, (k, n)) in itertools.product((ROWS, 128, 1), products.items()):
+            yield Case("linear", f"{label} M={rows} {layer}", partial(run, dtype, rows, k, n, True, None))
+        for activation in ("gelu_tanh", "gelu", "relu") if variants else ("gelu_tanh",):
+            for rows in (ROWS, 1):
+                yield Case(
+                    "linear",
+                    f"{label} M={rows} {activation}",
+                    partial(run, dtype, rows, *products["up"], True, activation),
+                )
+            yield Case("mlp", f"{label} M={ROWS} {activation}", partial(run_mlp, dtype, width, activation))
+        if variants:
+            yield Case("linear", f"{label} M={ROWS} no bias", partial(run, dtype, ROWS, width, width, False, None))
+
+
+def attention_cases(scope: Scope) -> Iterator[Case]:
+    from .attention import attention
+
+    def run(dtype: torch.dtype, head_size: int, causal: bool, dropout_p: float) -> None:
+        qkv = meta(8, 1024, 3, 12, head_size, dtype=dtype, grad=True)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        out = attention(q, k, v, causal, dropout_p=dropout_p)
+        backward(out.transpose(1, 2).reshape(8, 1024, -1))
+
+    def run_prefill(dtype: torch.dtype, head_size: int) -> None:
+        q, k, v = (meta(8, 12, length, head_size, dtype=dtype) for length in (128, 1024, 1024))
+        attention(q, k, v)
+
+    for name, dtype, head_size, variants in scope.over(scope.head_sizes, products=True):
+        label = f"{name} D={head_size}"
+        yield Case("attention", f"{label} causal", partial(run, dtype, head_size, True, 0.0))
+        yield Case("attention", f"{label} causal dropout", partial(run, dtype, head_size, True, 0.1))
+        yield Case("attention", f"{label} prefill", partial(run_prefill, dtype, head_size))
+        if variants:
+            yield Case("attention", f"{label} not causal", partial(run, dtype, head_size, False, 0.0))
+
+
+def decode_attention_cases(scope: Scope) -> Iterator[Case]:
+    from .decode import decode_attention
+
+    def run(dtype: torch.dtype, head_size: int, batch: int, queries: int) -> None:
+        q, k, v = (meta(batch, 12, length, head_size, dtype=dtype) for length in (queries, 1024, 1024))
+        decode_attention(q, k, v, meta(batch, dtype=torch.int32))
+
+    for name, dtype, head_size, _ in scope.over(scope.head_sizes, products=True):
+        for batch, queries in itertools.product((1, 64), (1, 4)):
+            label = f"{name} D={head_size} B={batch} T={queries}"
+            yield Case("decode_attention", label, partial(run, dtype, head_size, batch, queries))
+
+
+def cross_entropy_cases(scope: Scope) -> Iterator[Case]:
+    from .cross_entropy import cross_entropy, linear_cross_entropy
+
+    def run(dtype: torch.dtype, V: int, reduction: str, grad: bool) -> None:
+        loss = cross_entropy(meta(ROWS, V, dtype=dtype, grad=grad), meta(ROWS, dtype=torch.int64), reduction=reduction)
+        if grad:
+            backward(loss)
+
+    def run_linear(dtype: torch.dtype, width: int, reduction: str) -> None:
+        x, weight = meta(ROWS, width, dtype=dtype, grad=True), meta(VOCABULARY, width, dtype=dtype, grad=True)
+        backward(linear_cross_entropy(x, weight, meta(ROWS, dtype=torch.int64), reduction=reduction))
+
+    for name, V in itertools.product(scope.dtypes, (VOCABULARY, 50304)):
+        for reduction, grad in itertools.product(("mean", "sum", "none"), (True, False)):
+            label = f"{name} V={V} {reduction}{'' if grad else ' no grad'}"
+            yield Case("cross_entropy", label, partial(run, DTYPES[name], V, reduction, grad))
+    for name, dtype, width, _ in scope.over(scope.widths):
+        for reduction in ("mean", "none"):
+            yield Case(
+                "linear_cross_entropy", f"{name} C={width} {reduction}", partial(run_linear, dtype, width, reduction)
+            )
+
+
+CASES: dict[tuple[str, ...], Callable[[Scope], Iterable[Case]]] = {
+    ("embedding",): embedding_cases,
+    ("layer_norm", "add_layer_norm"): layer_norm_cases,
+    ("softmax",): softmax_cases,
+    ("gelu", "bias_gelu"): gelu_cases,
+    ("linear", "mlp"): linear_cases,
+    ("attention",): attention_cases,
+    ("decode_attention",): decode_attention_cases,
+    ("cross_entropy", "linear_cross_entropy"): cross_entropy_cases,
+}

@@ -1,0 +1,102 @@
+"""Head tiles: rows of an attention head of any size D as one tile of BLOCK_D columns or two, the second of BLOCK_E.
+
+Triton's tiles are powers of two. Padding a head of 80 columns to 128 would cost 1.6 times its products, shared memory and
+registers, so where two tiles waste less (80 = 64 + 16, 96 = 64 + 32) a head tile is the tuple of them, and otherwise of one.
+https://github.com/ROCm/aiter/issues/3858 found the split ahead of padding.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def head_constants(q: Tensor) -> dict[str, object]:
+    """D, BLOCK_D, BLOCK_E and how products are computed, for kernels that take heads of q's size and dtype."""
+    size = q.shape[-1]
+    first = max(16, 1 << (size.bit_length() - 1))
+    second = max(16, triton.next_power_of_2(size - first)) if size > first else 0
+    ieee = q.dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
+    return {
+        "D": size,
+        "BLOCK_D": first if second < first else 2 * first,
+        "BLOCK_E": second % first,
+        "PRECISION": "ieee" if ieee else "tf32",
+        "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32,
+    }
+
+
+def unit_last(x: Tensor) -> Tensor:
+    """x, copied if its last stride isn't 1."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@triton.jit
+def _load_part(
+    ptr, rows, stride, limit, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr
+):
+    d = tl.arange(0, WIDTH)[None, :] + FIRST
+    mask = d < D
+    if CHECK:
+        mask = mask & (rows[:, None] < limit)
+    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride + d, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_head(
+    ptr, rows, stride, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CHECK: tl.constexpr
+):
+    """ptr[rows, :D] as a tuple of one or two tiles; columns past D read as zero and, with CHECK, rows from `limit` on."""
+    first = _load_part(ptr, rows, stride, limit, D, 0, BLOCK_D, CHECK)
+    if BLOCK_E == 0:
+        return (first,)
+    else:
+        return first, _load_part(ptr, rows, stride, limit, D, BLOCK_D, BLOCK_E, CHECK)
+
+
+@triton.jit
+def store_head(ptr, rows, stride, limit, head, D: tl.constexpr):
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride
+    d = tl.arange(0, head[0].shape[1])[None, :]
+    tl.store(ptrs + d, head[0].to(ptr.dtype.element_ty), mask=(rows[:, None] < limit) & (d < D))
+    if len(head) == 2:
+        d = tl.arange(0, head[1].shape[1])[None, :] + head[0].shape[1]
+        tl.store(ptrs + d, head[1].to(ptr.dtype.element_ty), mask=(rows[:, None] < limit) & (d < D))
+
+
+@triton.jit
+def zero_head(ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ACC: tl.constexpr):
+    if BLOCK_E == 0:
+        return (tl.zeros([ROWS, BLOCK_D], ACC),)
+    else:
+        return tl.zeros([ROWS, BLOCK_D], ACC), tl.zeros([ROWS, BLOCK_E], ACC)
+
+
+@triton.jit
+def scale_head(head, factor):
+    if len(head) == 1:
+        return (head[0] * factor,)
+    else:
+        return head[0] * factor, head[1] * factor
+
+
+@triton.jit
+def dot_heads(a, b, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """a @ b.T for the rows of two heads."""
+    product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION, out_dtype=ACC)
+    if len(a) == 2:
+        product = tl.dot(a[1], tl.trans(b[1]), product, input_precision=PRECISION, out_dtype=ACC)
+    return product
+
+
+@triton.jit
+def add_dot(acc, p, head, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """acc + p @ head for a tile p of probabilities."""
+    p = p.to(head[0].dtype)
+    first = tl.dot(p, head[0], acc[0], input_precision=PRECISION, out_dtype=ACC)
+    if len(head) == 1:
+        return (first,)
+    else:
+        return first, tl.dot(p, head[1], acc[1], input_precision=PRECISION, out_dtype=ACC)

@@ -1,0 +1,185 @@
+"""Token and position embeddings with dropout, forward and backward.
+
+    y[b, t] = dropout(tok_weight[idx[b, t]] + pos_weight[offset + t])
+    d       = dropout's mask and scale on dy
+    dtok_weight[v] = sum of d where idx is v      dpos_weight[offset + t] = sum over b of d[b, t]
+
+    idx                     [B, T]      int32 | int64; one outside 0 .. V - 1 gives a row of NaN, not a read out of bounds
+    tok_weight              [V, C]      fp16 | bf16 | fp32 | fp64
+    pos_weight              [P, C]      any of the four
+    y, dy, d                [B, T, C]   tok_weight's dtype
+
+A program of the forward owns a tile of tokens and the columns that one warp reads with 16 bytes a lane: each of B T C
+elements is read once and written once, where torch's gather, sum and dropout take 6.5 passes (4 without dropout). A program
+of the backward owns such a tile of positions and walks over the batch, so that one reading of dy gives d and, in a fixed
+order, dpos_weight. Without dropout d is dy and isn't written. The sum over tokens of a kind is torch's own: it sorts idx and
+adds up segments, no atomics, and its floor is to read d and write [V, C], which no kernel here would lower.
+
+Bound by bandwidth. Bytes: 2 B T C b forward and backward for itemsize b, before torch's part.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._launch import check, check_device, check_float, dropout_seed, launch, register
+from ._math import dropout
+from ._rows import as_rows, keep_scale
+
+_NUM_WARPS = 4
+# Loads in flight a lane: of tokens in the forward; of positions in the backward, whose loop has the next ones on their way.
+_FWD_LOADS = 4
+_BWD_LOADS = 1
+
+
+def _tile(width: int, itemsize: int, loads: int) -> tuple[int, int]:
+    """Rows and columns of a tile."""
+    vector = 32 * max(16 // itemsize, 1)
+    columns = min(vector, triton.next_power_of_2(width))
+    return loads * _NUM_WARPS * vector // columns, columns
+
+
+@triton.jit(do_not_specialize=["M", "T", "V", "offset"])
+def _embedding_fwd_kernel(
+    idx_ptr, tok_ptr, pos_ptr, seed_ptr, y_ptr, stride_tok, stride_pos, M, T, V, offset, dropout_p, keep_scale,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_COUNTERS: tl.constexpr,
+):  # fmt: skip
+    acc_dtype: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
+    PARTS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
+    positions = (tl.program_id(0) // PARTS * ROWS + tl.arange(0, ROWS)[:, None]) % T + offset
+    rows = (tl.program_id(0) // PARTS).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.program_id(0) % PARTS * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = (rows < M) & (cols < C)
+    token = tl.load(idx_ptr + rows, mask=rows < M, other=0).to(tl.int64)
+    known = (token >= 0) & (token < V)
+    y = tl.load(tok_ptr + token * stride_tok + cols, mask=mask & known, other=float("nan")).to(acc_dtype)
+    y += tl.load(pos_ptr + positions.to(tl.int64) * stride_pos + cols, mask=mask, other=0.0).to(acc_dtype)
+    if seed_ptr is not None:
+        y = dropout(y, tl.load(seed_ptr), rows * ROW_COUNTERS + cols, dropout_p, keep_scale)
+    tl.store(y_ptr + rows * C + cols, y, mask=mask)
+
+
+@triton.jit(do_not_specialize=["B", "T", "offset"])
+def _embedding_bwd_kernel(
+    dy_ptr, seed_ptr, d_ptr, dpos_ptr, stride_dy, B, T, offset, dropout_p, keep_scale,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_COUNTERS: tl.constexpr,
+):  # fmt: skip
+    acc_dtype: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
+    PARTS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
+    t = (tl.program_id(0) // PARTS).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.program_id(0) % PARTS * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = (t < T) & (cols < C)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    dpos = tl.zeros((ROWS, COLUMNS), acc_dtype)
+    for b in tl.range(0, B, num_stages=4):
+        rows = b * T.to(tl.int64) + t
+        d = tl.load(dy_ptr + rows * stride_dy + cols, mask=mask, other=0.0).to(acc_dtype)
+        if seed_ptr is not None:
+            d = dropout(d, seed, rows * ROW_COUNTERS + cols, dropout_p, keep_scale)
+            tl.store(d_ptr + rows * C + cols, d, mask=mask)
+        dpos += d
+    tl.store(dpos_ptr + (t + offset) * C + cols, dpos, mask=mask)
+
+
+def _embedding_fwd_fake(idx, tok_weight, pos_weight, dropout_p, seed, offset):
+    return torch.empty((*idx.shape, tok_weight.shape[1]), dtype=tok_weight.dtype, device=idx.device)
+
+
+@register(
+    "_embedding_fwd(Tensor idx, Tensor tok_weight, Tensor pos_weight, float dropout_p, Tensor? seed, SymInt offset)"
+    " -> Tensor",
+    _embedding_fwd_fake,
+)
+def embedding_fwd(idx, tok_weight, pos_weight, dropout_p, seed, offset):
+    """idx [B, T], tok_weight [V, C], pos_weight [P, C] -> y [B, T, C]."""
+    y = _embedding_fwd_fake(idx, tok_weight, pos_weight, dropout_p, seed, offset)
+    if y.numel() == 0:
+        return y
+    tok_weight, pos_weight = as_rows(tok_weight), as_rows(pos_weight)
+    M, (V, C) = idx.numel(), tok_weight.shape
+    rows, columns = _tile(C, y.element_size(), _FWD_LOADS)
+    launch(
+        _embedding_fwd_kernel, (triton.cdiv(M, rows) * triton.cdiv(C, columns),),
+        idx.contiguous(), tok_weight, pos_weight, seed, y, tok_weight.stride(0), pos_weight.stride(0),
+        M, idx.shape[1], V, offset, dropout_p, keep_scale(dropout_p),
+        C=C, ROWS=rows, COLUMNS=columns, ROW_COUNTERS=triton.next_power_of_2(C), num_warps=_NUM_WARPS,
+    )  # fmt: skip
+    return y
+
+
+def _embedding_bwd_fake(dy, pos_weight, dropout_p, seed, offset):
+    d = torch.empty(0 if seed is None else dy.shape, dtype=dy.dtype, device=dy.device)
+    return d, torch.zeros(pos_weight.shape, dtype=pos_weight.dtype, device=dy.device)
+
+
+@register(
+    "_embedding_bwd(Tensor dy, Tensor pos_weight, float dropout_p, Tensor? seed, SymInt offset) -> (Tensor, Tensor)",
+    _embedding_bwd_fake,
+)
+def embedding_bwd(dy, pos_weight, dropout_p, seed, offset):
+    """dy [B, T, C] -> d [B, T, C], or [0] without dropout, and dpos_weight [P, C]."""
+    outputs = d, dpos = _embedding_bwd_fake(dy, pos_weight, dropout_p, seed, offset)
+    if dy.numel() == 0:
+        return outputs
+    (B, T, C), dy = dy.shape, as_rows(dy)
+    rows, columns = _tile(C, dy.element_size(), _BWD_LOADS)
+    launch(
+        _embedding_bwd_kernel, (triton.cdiv(T, rows) * triton.cdiv(C, columns),),
+        dy, seed, None if seed is None else d, dpos, dy.stride(0), B, T, offset, dropout_p, keep_scale(dropout_p),
+        C=C, ROWS=rows, COLUMNS=columns, ROW_COUNTERS=triton.next_power_of_2(C), num_warps=_NUM_WARPS,
+    )  # fmt: skip
+    return outputs
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, idx, tok_weight, pos_weight, dropout_p, seed, offset):
+        ctx.save_for_backward(idx, pos_weight, seed)
+        ctx.vocabulary, ctx.dropout_p, ctx.offset = tok_weight.shape[0], dropout_p, offset
+        return embedding_fwd(idx, tok_weight, pos_weight, dropout_p, seed, offset)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        idx, pos_weight, seed = ctx.saved_tensors
+        d, dpos = embedding_bwd(dy, pos_weight, ctx.dropout_p, seed, ctx.offset)
+        d = dy if seed is None else d
+        dtok = torch.ops.aten.embedding_dense_backward(d, idx, ctx.vocabulary, -1, False)
+        return None, dtok, dpos, None, None, None
+
+
+def embedding(
+    idx: Tensor,
+    tok_weight: Tensor,
+    pos_weight: Tensor,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    offset: int = 0,
+) -> Tensor:
+    """dropout(tok_weight[idx] + pos_weight[offset : offset + T]). idx [B, T], weights [V, C] and [P, C] -> [B, T, C].
+
+    `seed=None` draws the mask's seed from torch's generator of the device; an integer makes the call a pure function.
+    """
+    check_device("embedding", idx=idx, tok_weight=tok_weight, pos_weight=pos_weight)
+    check_float("embedding", tok_weight=tok_weight, pos_weight=pos_weight)
+    integers = (torch.int32, torch.int64)
+    check(
+        idx.dtype in integers and idx.dim() == 2,
+        f"embedding: idx must be int32 or int64 [B, T], got {idx.dtype} {list(idx.shape)}",
+    )
+    shapes = list(tok_weight.shape), list(pos_weight.shape)
+    matching = tok_weight.dim() == pos_weight.dim() == 2 and tok_weight.shape[1] == pos_weight.shape[1]
+    check(matching, f"embedding: tok_weight and pos_weight must be [V, C] and [P, C], got {shapes[0]} and {shapes[1]}")
+    last = offset + idx.shape[1]
+    check(
+        offset >= 0 and last <= shapes[1][0],
+        f"embedding: positions {offset} .. {last - 1} don't fit pos_weight of {shapes[1][0]} rows",
+    )
+    check(0.0 <= dropout_p <= 1.0, f"embedding: dropout_p must be between 0 and 1, got {dropout_p}")
+    seed_tensor = dropout_seed(idx.device, seed) if dropout_p > 0.0 else None
+    return _Embedding.apply(idx, tok_weight, pos_weight, dropout_p, seed_tensor, offset)

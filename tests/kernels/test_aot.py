@@ -1,0 +1,202 @@
+"""Ahead of time: every production kernel compiles for GPUs that aren't here, within the rules, and the gate has teeth."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from fastgpt_kernels import _aot_cases, aot
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def run(*command, interpret=None, cwd=ROOT):
+    """Python in a process of its own, with Triton's compiler where conftest.py chose its interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    if interpret:
+        environment["TRITON_INTERPRET"] = interpret
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment, cwd=cwd, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    file = tmp_path_factory.mktemp("aot") / "report.json"
+    finished = run("-m", "fastgpt_kernels.aot", "--quick", "--arch", "sm80", "sm86", "sm90", "--json", str(file))
+    assert file.exists(), finished.stdout + finished.stderr
+    return finished, json.loads(file.read_text())
+
+
+def test_production_kernels_keep_the_rules(quick):
+    finished, report = quick
+    assert finished.returncode == 0, "\n".join(line for line in finished.stdout.splitlines() if line.startswith("FAIL"))
+    assert report["failures"] == 0
+    assert report["launches"] > report["compiled"] == len(report["rows"])
+    for row in report["rows"]:
+        assert row["spilled"] == 0
+        assert 0 < row["registers"] <= 255
+        assert row["shared"] <= row["shared_limit"]
+        assert 0 < row["occupancy"] <= 1
+        assert row["floor"].split()[0] in ("memory", "tensor")
+
+
+def test_every_public_function_and_kernel_is_there(quick):
+    _, report = quick
+    names = {op for ops in _aot_cases.CASES for op in ops}
+    for arch in ("sm80", "sm86", "sm90"):
+        rows = [row for row in report["rows"] if row["arch"] == arch]
+        # an op all of whose kernels another op needs as well has no row of its own
+        assert {row["op"] for row in rows} >= names - {"linear", "linear_cross_entropy"}
+        assert {row["kernel"] for row in rows} == set(_aot_cases.KINDS)
+
+
+def test_tensor_cores_and_wide_loads(quick):
+    _, report = quick
+    for row in report["rows"]:
+        if _aot_cases.KINDS[row["kernel"]].flops is not None:
+            assert row["tensor_core"] in ("mma.sync", "wgmma")
+        assert row["widest_load"] >= 16
+    hopper = {row["kernel"] for row in report["rows"] if row["arch"] == "sm90" and row["tensor_core"] == "wgmma"}
+    assert hopper >= {"_gemm_kernel", "_attention_fwd_kernel", "_attention_bwd_kernel"}
+
+
+def test_refuses_the_interpreter():
+    finished = run("-m", "fastgpt_kernels.aot", "--quick", interpret="1")
+    assert finished.returncode == 2
+    assert "TRITON_INTERPRET=1 replaces the compiler" in finished.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--arch", "sm75"], ["--arch", "h100"], ["--op", "layernorm"]])
+def test_refuses_what_it_does_not_know(arguments, capsys):
+    with pytest.raises(SystemExit):
+        aot.main(arguments)
+    assert arguments[1] in capsys.readouterr().err
+
+
+BAD_KERNELS = """
+import sys
+import torch, triton, triton.language as tl
+from fastgpt_kernels import _aot_cases, aot
+from fastgpt_kernels._launch import launch
+
+
+@triton.jit
+def good(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + offsets, tl.load(x_ptr + offsets, mask=offsets < n) + 1, mask=offsets < n)
+
+
+@triton.jit
+def narrow_loads(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + offsets, tl.load(x_ptr + offsets * 3 % n) + 1)
+
+
+@triton.jit
+def product(a_ptr, b_ptr, c_ptr, K, M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr):
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BLOCK_K)
+    acc = tl.zeros((M, N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        a = tl.load(a_ptr + m[:, None] * K + start + k[None, :])
+        b = tl.load(b_ptr + (start + k)[:, None] * N + n[None, :])
+        acc = tl.dot(a, b, acc)
+    tl.store(c_ptr + m[:, None] * N + n[None, :], acc.to(tl.float16))
+
+
+@triton.jit
+def product_by_hand(a_ptr, b_ptr, c_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    a, b = tl.load(a_ptr + m[:, None] * K + k[None, :]), tl.load(b_ptr + k[:, None] * N + n[None, :])
+    tl.store(c_ptr + m[:, None] * N + n[None, :], tl.sum(a[:, :, None].to(tl.float32) * b[None, :, :], axis=1))
+
+
+@triton.jit
+def wrong(x_ptr):
+    tl.store(x_ptr, undefined)
+
+
+@triton.jit
+def stranger(x_ptr):
+    tl.store(x_ptr, 0.0)
+
+
+def cases(scope):
+    x, y, a, b, c = (_aot_cases.meta(*s, dtype=torch.float16) for s in [(4096,), (4096,), (128, 4096), (4096, 256), (128, 256)])
+    for label, kernel, args, constants in (
+        ("good", good, (x, y, 4096), {"BLOCK": 1024}),
+        ("narrow", narrow_loads, (x, y, 4096), {"BLOCK": 1024}),
+        ("shared", product, (a, b, c, 4096), {"M": 128, "N": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 5}),
+        ("spills", product, (a, b, c, 4096), {"M": 128, "N": 128, "BLOCK_K": 16, "num_warps": 2, "num_stages": 1}),
+        ("by hand", product_by_hand, (a, b, c), {"M": 16, "N": 16, "K": 16}),
+        ("wrong", wrong, (x,), {}),
+        ("stranger", stranger, (x,), {}),
+    ):
+        yield _aot_cases.Case("bad", label, lambda k=kernel, a=args, c=constants: launch(k, (1,), *a, **c))
+
+
+stream, product_kind = _aot_cases.STREAM, _aot_cases.Kind(lambda arguments: 1e9)
+kinds = {"good": stream, "narrow_loads": stream, "product": product_kind, "product_by_hand": product_kind, "wrong": stream}
+sys.exit(aot.main(["--arch", "sm80", "sm86", "--json", "report.json"], {("bad",): cases}, kinds))
+"""
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "bad_kernels.py").write_text(BAD_KERNELS)
+    finished = run("bad_kernels.py", cwd=folder)
+    assert (folder / "report.json").exists(), finished.stdout + finished.stderr
+    return finished, json.loads((folder / "report.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize(
+    ("case", "arch", "problem"),
+    [
+        ("good", "sm80", None),
+        ("good", "sm86", None),
+        ("narrow", "sm80", "16-byte loads"),
+        ("shared", "sm86", "bytes of shared memory of 101376"),
+        ("spills", "sm80", "spills"),
+        ("by hand", "sm80", "without tensor cores"),
+        ("wrong", "sm86", "doesn't compile"),
+        ("stranger", "sm86", "not in KINDS"),
+    ],
+)
+def test_the_gate_has_teeth(bad, case, arch, problem):
+    finished, rows = bad
+    assert finished.returncode == 1
+    (row,) = (row for row in rows if row["case"] == case and row["arch"] == arch)
+    if problem is None:
+        assert row["problems"] == []
+    else:
+        assert any(problem in found for found in row["problems"]), row
+
+
+TWINS = """
+from fastgpt_kernels import _aot_cases, aot
+
+cases = [case for case in _aot_cases.cross_entropy_cases(_aot_cases.QUICK) if case.op == "cross_entropy"][:2]
+sm80, sm86 = (aot.collect(cases, aot.parse_target(name)) for name in ("sm80", "sm86"))
+assert sm80.keys() == sm86.keys()
+for key in sm80:
+    (alone,), ptx = aot.compile_job(sm86[key]), []
+    sm80[key].twin = sm86[key]
+    _, assembled = aot.compile_job(sm80[key])
+    alone.seconds = assembled.seconds = 0.0
+    assert alone == assembled, (alone, assembled)
+print("same")
+"""
+
+
+def test_sm86_from_the_ptx_of_sm80_is_what_sm86_alone_gives(tmp_path):
+    (tmp_path / "twins.py").write_text(textwrap.dedent(TWINS))
+    finished = run("twins.py", cwd=tmp_path)
+    assert finished.stdout.strip().endswith("same"), finished.stdout + finished.stderr
