@@ -72,7 +72,7 @@ class Blocks(NamedTuple):
     maxnreg: int | None = None
 
 
-UNALIGNED = Blocks(128, 64, 32, warps=8, stages=3, parts=2)  # columns off 16-byte boundaries load one by one: few at a time
+UNALIGNED = Blocks(128, 64, 32, warps=8, stages=3, parts=2)  # columns off 16-byte boundaries: loaded one by one
 
 
 def _asynchronous(capability: int) -> bool:
