@@ -39,7 +39,6 @@ OPS = (
 # time, and a separate GELU pass 67 us forward and 101 us backward of memory time. Fusing them wins unless the GEMMs lose over 20%
 # to cuBLAS (not yet measured).
 PREFER_TORCH: dict[str, str] = {
-    "embedding": "half of the kernel's loads are narrow as compiled; torch's gather until that is mended (not yet measured)",
     "linear": "a plain GEMM is cuBLAS's own ground; no fusion saves memory traffic here (not yet measured)",
 }
 

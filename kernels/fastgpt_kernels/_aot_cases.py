@@ -24,11 +24,9 @@ ROWS = 8192  # 8 sequences of 1024 tokens
 
 
 class Kind(NamedTuple):
-    """What a kernel is held to. flops: of one launch, from its arguments by name; None where memory bounds it.
-    wide_loads: the least share of a memory-bound 16-bit kernel's bytes that must come in 16-byte loads."""
+    """What a kernel is held to. flops: of one launch, from its arguments by name; None where memory bounds it."""
 
     flops: Callable[[Mapping[str, Any]], float] | None = None
-    wide_loads: float = 0.5
 
 
 def _product_flops(a: Mapping[str, Any]) -> float:
@@ -61,8 +59,7 @@ KINDS: dict[str, Kind] = {
     "_attention_statistics_kernel": STREAM,
     "_decode_split_kernel": STREAM,
     "_decode_combine_kernel": STREAM,
-    # A gather: its ids are narrow loads, and so far are one table's rows; fastgpt/ops.py keeps torch's own for it.
-    "_embedding_fwd_kernel": Kind(wide_loads=0.3),
+    "_embedding_fwd_kernel": STREAM,
     "_embedding_bwd_kernel": STREAM,
     "_cross_entropy_kernel": STREAM,
     "_scale_kernel": STREAM,

@@ -314,7 +314,7 @@ def judge(row: Row, job: Job, kinds: Mapping[str, Kind]) -> list[str]:
     tensors, low = _tensors(job.launch), (torch.float16, torch.bfloat16)
     if kind.flops is not None and not row.tensor_core and any(t.dtype in low for t in tensors):
         problems.append("multiplies 16-bit matrices without tensor cores")
-    if kind.flops is None and row.wide_share < kind.wide_loads and max(tensors, key=Tensor.numel).dtype in low:
+    if kind.flops is None and row.wide_share < 0.5 and max(tensors, key=Tensor.numel).dtype in low:
         problems.append(f"loads {row.wide_share:.0%} of its bytes by 16-byte loads, the widest being {row.widest_load}")
     return problems
 
