@@ -105,9 +105,9 @@ def test_stop_text_is_cut_off_even_across_tokens(capsys):
     ],
 )
 def test_stop_text_finds_the_earliest_and_loses_nothing(pieces, stops, expected):
-    from fastgpt.cli import _StopText
+    from fastgpt.commands.generate import StopText
 
-    passing = _StopText(stops)
+    passing = StopText(stops)
     assert "".join([*map(passing.add, pieces), passing.finish("")]) == expected
 
 

@@ -33,10 +33,11 @@ RANK = {
     "evaluation": 6,
     "training": 6,
     "info": 6,
-    "demo": 7,
-    "cli": 8,
-    "__init__": 9,
-    "__main__": 9,
+    "compat": 7,
+    "commands": 8,
+    "cli": 9,
+    "__init__": 10,
+    "__main__": 10,
 }
 
 
@@ -50,16 +51,20 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "fastgpt").glob("*.py")), ids=lambda path: path.stem)
+MODULES = sorted(path.relative_to(ROOT / "fastgpt") for path in (ROOT / "fastgpt").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
 def test_arrows_point_down(path):
-    assert path.stem in RANK, f"give {path.stem} a place in the house"
-    for name in imports(path):
+    room = path.parts[0].removesuffix(".py")
+    assert room in RANK, f"give {room} a place in the house"
+    for name in imports(ROOT / "fastgpt" / path):
         parts = name.split(".")
         if parts[0] == "fastgpt" and len(parts) > 1 and parts[1] in RANK:
-            below = RANK[parts[1]] < RANK[path.stem]
-            assert below or path.stem in ("__main__",), f"{path.stem} imports {parts[1]}, which is not below it"
+            below = RANK[parts[1]] < RANK[room] or (parts[1] == room and len(path.parts) > 1)
+            assert below or room == "__main__", f"{path} imports {parts[1]}, which is not below it"
         if parts[0] in ("triton", "fastgpt_kernels"):
-            assert path.stem == "ops", f"{path.stem} imports {name}; only ops may"
+            assert room == "ops", f"{path} imports {name}; only ops may"
 
 
 def test_kernels_never_import_fastgpt():

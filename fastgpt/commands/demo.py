@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 import sys
 import time
@@ -10,6 +11,7 @@ from typing import cast
 
 import torch
 
+from fastgpt.commands.options import device_option, pick_device
 from fastgpt.generation import Step, generate
 from fastgpt.info import ops_table
 from fastgpt.model import GPTModel
@@ -23,8 +25,18 @@ LENGTHS = (64, 256, 1024)
 NEW_TOKENS = 24
 
 
-def run(device: torch.device, max_new_tokens: int, seed: int) -> int:
+HELP = "Stream a continuation from the bundled model, then compare generation with and without the KV cache."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=160, help="length of the continuation")
+    parser.add_argument("--seed", type=int, default=0)
+    device_option(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Print the demo; returns 1 if generation with and without the cache ever disagree, else 0."""
+    device = pick_device(arguments.device)
     model = GPTModel.from_pretrained("bundled").to(device)
     tokenizer = load_tokenizer(BUNDLED)
     config = model.config
@@ -39,11 +51,11 @@ def run(device: torch.device, max_new_tokens: int, seed: int) -> int:
     steps = generate(
         model,
         [tokenizer.encode(PROMPT)],
-        max_new_tokens,
+        arguments.max_new_tokens,
         temperature=0.6,
         top_p=0.9,
         stop_tokens=() if tokenizer.end_of_text is None else (tokenizer.end_of_text,),
-        generator=torch.Generator(device=device).manual_seed(seed),
+        generator=torch.Generator(device=device).manual_seed(arguments.seed),
         stream=True,
     )
     for step in cast(Iterator[Step], steps):

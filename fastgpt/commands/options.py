@@ -1,0 +1,49 @@
+"""Options that several commands have, and what they name."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from fastgpt.model import GPTModel
+from fastgpt.tokenizer import Tokenizer, load_tokenizer
+from fastgpt.weights import BUNDLED, HUB_NAMES
+
+
+def model_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default="bundled",
+        help=f"a directory, a .safetensors file, {', '.join(HUB_NAMES)}, or the bundled model",
+    )
+
+
+def device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: cuda where there is one, else cpu")
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name; by default CUDA where there is one, else the CPU."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda, cuda:N or mps, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
+    return device
+
+
+def load_model(arguments: argparse.Namespace) -> tuple[GPTModel, Tokenizer]:
+    """The model of --model on --device, and its tokenizer."""
+    device = pick_device(arguments.device)
+    model = GPTModel.from_pretrained(arguments.model, dtype=torch.bfloat16 if device.type == "cuda" else None).to(
+        device
+    )
+    source = BUNDLED if arguments.model == "bundled" else arguments.model
+    path = Path(source)
+    tokenizer = load_tokenizer(path if path.is_dir() else path.parent if path.is_file() else "gpt2")
+    return model, tokenizer
