@@ -10,6 +10,11 @@ import sys
 import pytest
 import torch
 
+# torch keeps the list of functions that `with torch.device(...)` acts on as it finds them at the first use: let it find the
+# real ones, or models meant for the meta device would fill the memory of every later test.
+with torch.device("cpu"):
+    torch.empty(0)
+
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
