@@ -10,13 +10,15 @@ gradients, a KV cache, one new token a row, on a CPU. Everything else takes the 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastgpt.cache import KVCache
 from fastgpt.reference import activate, decode_attention
+
+_M = TypeVar("_M", bound=nn.Module)
 
 
 class BlockWeights(NamedTuple):
@@ -30,7 +32,7 @@ class BlockWeights(NamedTuple):
     down: tuple[Tensor, Tensor | None]
 
 
-def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def plain(module: nn.Module, kind: type[_M]) -> TypeGuard[_M]:
     """Exactly a `kind`, with nothing that calling it would run besides its own forward."""
     return type(module) is kind and not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks

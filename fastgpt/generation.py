@@ -34,7 +34,7 @@ class LanguageModel(Protocol):
     config: GPTConfig
     training: bool
 
-    def __call__(self, idx: Tensor, cache: KVCache | None = None, *, logits_at: Tensor | None = None) -> Tensor: ...
+    def __call__(self, idx: Tensor, /, *, cache: KVCache | None = None, logits_at: Tensor | None = None) -> Tensor: ...
 
     def train(self, mode: bool = True) -> Any: ...
 
@@ -152,7 +152,7 @@ def prefill(
         width = min(chunk, max(lengths) - start)
         ends_here = (last >= start) & (last < start + width)
         at = (last - start).clamp(0, width - 1).to(device)
-        chunk_logits = model(padded[:, start : start + width], cache, logits_at=at)[:, 0]
+        chunk_logits = model(padded[:, start : start + width], cache=cache, logits_at=at)[:, 0]
         logits = chunk_logits if logits is None else torch.where(ends_here.to(device)[:, None], chunk_logits, logits)
     cache.truncate(lengths)
     assert logits is not None
@@ -206,7 +206,7 @@ class _Batch:
     def __init__(self, request: _Request) -> None:
         self.model, self.context = request.model, request.model.config.context_length
         self.device = next(iter(request.model.parameters())).device
-        self.dtype = _activation_dtype(request.model, self.device)
+        self.dtype = activation_dtype(request.model, self.device)
         self.rows = [list(prompt) for prompt in request.prompts]
         self.use_cache = request.use_cache
         self.capacity = min(self.context, max(map(len, self.rows)) + request.max_new_tokens)
@@ -242,7 +242,7 @@ class _Batch:
             self.cache = self.cache.select([self.cached.index(row) for row in rows])
             self.cached = rows
         newest = torch.tensor([[self.rows[row][-1]] for row in rows], device=self.device)
-        return [(rows, self.model(newest, self.cache)[:, 0])]
+        return [(rows, self.model(newest, cache=self.cache)[:, 0])]
 
     def _uncached(self, rows: list[int]) -> list[tuple[list[int], Tensor]]:
         """One forward per distinct length over the last `context` tokens of each row."""
@@ -299,7 +299,7 @@ def _run(request: _Request) -> Iterator[Step]:
     for count in range(1, request.max_new_tokens + 1):
         if not active:
             return
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             logits = batch.logits(active)
             chosen = sample(logits, params, seen, request.generator)
             if seen is not None:
@@ -332,7 +332,7 @@ def _run(request: _Request) -> Iterator[Step]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: LanguageModel) -> Iterator[None]:
+def evaluating(model: LanguageModel | nn.Module) -> Iterator[None]:
     """Eval mode inside, each module's own mode again outside; entered anew each step, so that a paused stream leaves no trace."""
     modes = [(module, module.training) for module in model.modules()] if model.training else []
     if modes:
@@ -344,7 +344,8 @@ def _evaluating(model: LanguageModel) -> Iterator[None]:
             module.training = mode
 
 
-def _activation_dtype(model: LanguageModel, device: torch.device) -> torch.dtype:
+def activation_dtype(model: LanguageModel | nn.Module, device: torch.device) -> torch.dtype:
+    """The dtype of the keys and values that the model computes: autocast's where it is on, else the parameters'."""
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return next(p.dtype for p in model.parameters() if p.is_floating_point())

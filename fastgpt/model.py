@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fastgpt import decoder, generation, ops, weights
 from fastgpt.cache import KVCache
 from fastgpt.config import ContextLengthError, GPTConfig, TokenIdError
+from fastgpt.decoder import plain as _plain
 
 
 class LayerNorm(nn.Module):
@@ -241,7 +242,7 @@ class GPTModel(nn.Module):
         x = self.hidden_states(idx, cache)
         if logits_at is not None:
             x = x[torch.arange(x.shape[0], device=x.device), logits_at].unsqueeze(1)
-        return self.out_head(x)[..., : self.config.vocab_size]
+        return self._unpadded(self.out_head(x))
 
     def hidden_states(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """What the head reads: the final norm's output [B, T, C]. Arguments and errors as `forward`."""
@@ -302,10 +303,10 @@ class GPTModel(nn.Module):
         x, flat = self.hidden_states(idx).flatten(0, 1), targets.flatten().long()
         head = self.out_head
         if _plain(head, nn.Linear):
-            V = self.config.vocab_size
+            V = self._tokens(head.weight.shape[0])
             bias = None if head.bias is None else head.bias[:V]
             return ops.linear_cross_entropy(x, head.weight[:V], flat, bias, ignore_index)
-        return ops.cross_entropy(head(x)[..., : self.config.vocab_size], flat, ignore_index)
+        return ops.cross_entropy(self._unpadded(head(x)), flat, ignore_index)
 
     @torch.no_grad()
     def attention_weights(self, idx: Tensor) -> Tensor:
@@ -406,6 +407,13 @@ class GPTModel(nn.Module):
     def device(self) -> torch.device:
         return self.tok_emb.weight.device
 
+    def _tokens(self, rows: int) -> int:
+        """How many rows of an embedding or head are tokens: all but the padding, and all of one that a user put in."""
+        return self.config.vocab_size if rows == self.config.padded_vocab_size else rows
+
+    def _unpadded(self, logits: Tensor) -> Tensor:
+        return logits[..., : self._tokens(logits.shape[-1])]
+
     def _check(self, idx: Tensor, cache: KVCache | None) -> None:
         if idx.dim() != 2 or idx.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"idx must be int32 or int64 [B, T], got {idx.dtype} {list(idx.shape)}")
@@ -423,18 +431,10 @@ class GPTModel(nn.Module):
         # checks prompts before they are sent, and training data is checked where it is read.
         if B and idx.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = (int(value) for value in torch.aminmax(idx))
-            if low < 0 or high >= self.config.vocab_size:
+            V = self._tokens(getattr(self.tok_emb, "num_embeddings", self.config.vocab_size))
+            if low < 0 or high >= V:
                 bad = low if low < 0 else high
-                raise TokenIdError(
-                    f"token id {bad} is outside the vocabulary of {self.config.vocab_size} (0 to {self.config.vocab_size - 1})"
-                )
-
-
-_M = TypeVar("_M", bound=nn.Module)
-
-
-def _plain(module: nn.Module, kind: type[_M]) -> TypeGuard[_M]:
-    return decoder.plain(module, kind)
+                raise TokenIdError(f"token id {bad} is outside the vocabulary of {V} (0 to {V - 1})")
 
 
 # Plans live beside the models, not in them: a copy or a pickle of a model has none.
