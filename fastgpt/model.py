@@ -139,7 +139,7 @@ class TransformerBlock(nn.Module):
         """x [B, T, C] -> [B, T, C]"""
         if self.pre_norm:
             y, x = self._add_norm(self.att(self.norm1(x), cache, starts), x, self.norm2)
-            return x + self.drop_shortcut(self.ff(y))
+            return self._add(self.ff(y), x)
         x, _ = self._add_norm(self.att(x, cache, starts), x, self.norm1)
         x, _ = self._add_norm(self.ff(x), x, self.norm2)
         return x
@@ -178,8 +178,14 @@ class TransformerBlock(nn.Module):
         if _plain(norm, LayerNorm) and _plain(self.drop_shortcut, nn.Dropout):
             p = self.drop_shortcut.p if self.training else 0.0
             return ops.add_layer_norm(branch, x, norm.scale, norm.shift, norm.eps, p)
-        total = x + self.drop_shortcut(branch)
+        total = self._add(branch, x)
         return norm(total), total
+
+    def _add(self, branch: Tensor, x: Tensor) -> Tensor:
+        """x + dropout(branch)"""
+        if self.training and self.drop_shortcut.p > 0.0 and _plain(self.drop_shortcut, nn.Dropout):
+            return ops.dropout_add(branch, x, self.drop_shortcut.p)
+        return x + self.drop_shortcut(branch)
 
 
 class GPTModel(nn.Module):

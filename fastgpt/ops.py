@@ -23,6 +23,7 @@ OPS = (
     "embedding",
     "layer_norm",
     "add_layer_norm",
+    "dropout_add",
     "softmax",
     "gelu",
     "bias_gelu",
@@ -139,6 +140,10 @@ def add_layer_norm(
     seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _module("add_layer_norm", x).add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed)
+
+
+def dropout_add(x: Tensor, residual: Tensor, dropout_p: float = 0.0, seed: int | None = None) -> Tensor:
+    return _module("dropout_add", x).dropout_add(x, residual, dropout_p, seed)
 
 
 def softmax(x: Tensor, scale: float = 1.0, causal: bool = False) -> Tensor:

@@ -51,8 +51,13 @@ def add_layer_norm(
     seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """total = residual + dropout(x); returns (layer_norm(total), total), both [..., C] in the residual's dtype."""
-    total = residual + _dropout(x, dropout_p, seed).to(residual.dtype)
+    total = dropout_add(x, residual, dropout_p, seed)
     return layer_norm(total, weight, bias, eps), total
+
+
+def dropout_add(x: Tensor, residual: Tensor, dropout_p: float = 0.0, seed: int | None = None) -> Tensor:
+    """residual + dropout(x), both [..., C], in the residual's dtype."""
+    return residual + _dropout(x, dropout_p, seed).to(residual.dtype)
 
 
 def softmax(x: Tensor, scale: float = 1.0, causal: bool = False) -> Tensor:

@@ -3,6 +3,7 @@
 from fastgpt_kernels.attention import attention
 from fastgpt_kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from fastgpt_kernels.decode import decode_attention
+from fastgpt_kernels.dropout import dropout_add
 from fastgpt_kernels.embedding import embedding
 from fastgpt_kernels.gelu import bias_gelu, gelu
 from fastgpt_kernels.layer_norm import add_layer_norm, layer_norm
@@ -15,6 +16,7 @@ __all__ = [
     "bias_gelu",
     "cross_entropy",
     "decode_attention",
+    "dropout_add",
     "embedding",
     "gelu",
     "layer_norm",

@@ -44,6 +44,7 @@ KINDS: dict[str, Kind] = {
     "_layer_norm_fwd_kernel": STREAM,
     "_layer_norm_bwd_kernel": STREAM,
     "_column_sums_kernel": STREAM,
+    "_dropout_add_kernel": STREAM,
     "_softmax_fwd_kernel": STREAM,
     "_softmax_bwd_kernel": STREAM,
     "_softmax_wide_fwd_kernel": STREAM,
@@ -146,6 +147,17 @@ def embedding_cases(scope: Scope) -> Iterator[Case]:
     for name, dtype, width, _ in scope.over(scope.widths):
         for dropout_p in (0.0, 0.1):
             yield Case("embedding", f"{name} C={width} dropout={dropout_p}", partial(run, dtype, width, dropout_p))
+
+
+def dropout_add_cases(scope: Scope) -> Iterator[Case]:
+    from .dropout import dropout_add
+
+    def run(dtype: torch.dtype, width: int) -> None:
+        x, residual = (meta(ROWS, width, dtype=dtype, grad=True) for _ in range(2))
+        backward(dropout_add(x, residual, dropout_p=0.1))
+
+    for name, dtype, width, _ in scope.over(scope.widths):
+        yield Case("dropout_add", f"{name} C={width}", partial(run, dtype, width))
 
 
 def softmax_cases(scope: Scope) -> Iterator[Case]:
@@ -276,6 +288,7 @@ def cross_entropy_cases(scope: Scope) -> Iterator[Case]:
 CASES: dict[tuple[str, ...], Callable[[Scope], Iterable[Case]]] = {
     ("embedding",): embedding_cases,
     ("layer_norm", "add_layer_norm"): layer_norm_cases,
+    ("dropout_add",): dropout_add_cases,
     ("softmax",): softmax_cases,
     ("gelu", "bias_gelu"): gelu_cases,
     ("linear", "mlp"): linear_cases,
