@@ -1,4 +1,4 @@
-"""What the row-wise kernels share: how they see their input, how they cut a row, and how they add up column sums."""
+"""What the row-wise kernels share: how they see their input, how they cut it, and how they add up column sums."""
 
 from __future__ import annotations
 
@@ -28,6 +28,13 @@ def row_tile(width: int, itemsize: int, lane_columns: int) -> tuple[int, int, in
     num_warps = max(warps, 4)
     chunk = min(warps * vector, triton.next_power_of_2(width))
     return num_warps * vector // chunk, chunk, num_warps
+
+
+def column_tile(width: int, itemsize: int, num_warps: int, loads: int) -> tuple[int, int]:
+    """Rows and columns of a tile for ops that don't reduce over a row: what one warp reads wide, with `loads` loads a lane."""
+    vector = 32 * max(16 // itemsize, 1)
+    columns = min(vector, triton.next_power_of_2(width))
+    return loads * num_warps * vector // columns, columns
 
 
 def keep_scale(dropout_p: float) -> float:

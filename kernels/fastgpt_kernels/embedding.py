@@ -28,19 +28,12 @@ from torch.autograd.function import once_differentiable
 
 from ._launch import check, check_device, check_float, dropout_seed, launch, register
 from ._math import dropout
-from ._rows import as_rows, keep_scale
+from ._rows import as_rows, column_tile, keep_scale
 
 _NUM_WARPS = 4
 # Loads in flight a lane: of tokens in the forward; of positions in the backward, whose loop has the next ones on their way.
 _FWD_LOADS = 4
 _BWD_LOADS = 1
-
-
-def _tile(width: int, itemsize: int, loads: int) -> tuple[int, int]:
-    """Rows and columns of a tile."""
-    vector = 32 * max(16 // itemsize, 1)
-    columns = min(vector, triton.next_power_of_2(width))
-    return loads * _NUM_WARPS * vector // columns, columns
 
 
 @triton.jit(do_not_specialize=["M", "T", "V", "offset"])
@@ -102,7 +95,7 @@ def embedding_fwd(idx, tok_weight, pos_weight, dropout_p, seed, offset):
         return y
     tok_weight, pos_weight = as_rows(tok_weight), as_rows(pos_weight)
     M, (V, C) = idx.numel(), tok_weight.shape
-    rows, columns = _tile(C, y.element_size(), _FWD_LOADS)
+    rows, columns = column_tile(C, y.element_size(), _NUM_WARPS, _FWD_LOADS)
     launch(
         _embedding_fwd_kernel, (triton.cdiv(M, rows) * triton.cdiv(C, columns),),
         idx.contiguous(), tok_weight, pos_weight, seed, y, tok_weight.stride(0), pos_weight.stride(0),
@@ -127,7 +120,7 @@ def embedding_bwd(dy, pos_weight, dropout_p, seed, offset):
     if dy.numel() == 0:
         return outputs
     (B, T, C), dy = dy.shape, as_rows(dy)
-    rows, columns = _tile(C, dy.element_size(), _BWD_LOADS)
+    rows, columns = column_tile(C, dy.element_size(), _NUM_WARPS, _BWD_LOADS)
     launch(
         _embedding_bwd_kernel, (triton.cdiv(T, rows) * triton.cdiv(C, columns),),
         dy, seed, None if seed is None else d, dpos, dy.stride(0), B, T, offset, dropout_p, keep_scale(dropout_p),

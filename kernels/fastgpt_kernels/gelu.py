@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from ._launch import check, check_device, check_float, launch, register
 from ._math import activation, activation_grad
-from ._rows import as_rows, column_sums
+from ._rows import as_rows, column_sums, column_tile
 
 ACTIVATIONS = {"tanh": "gelu_tanh", "none": "gelu"}
 
@@ -37,13 +37,6 @@ _NUM_WARPS = 4
 _LOADS = 4
 # Tiles that a program of the backward sums up: its partial sum is then 8 bytes beside 6 * 128 of traffic in 16-bit columns.
 _TILES = 8
-
-
-def _tile(width: int, itemsize: int) -> tuple[int, int]:
-    """Rows and columns of a tile."""
-    vector = 32 * max(16 // itemsize, 1)
-    columns = min(vector, triton.next_power_of_2(width))
-    return _LOADS * _NUM_WARPS * vector // columns, columns
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -102,7 +95,7 @@ def gelu_fwd(x, bias, activation):
         return y
     x, bias = as_rows(x), None if bias is None else bias.contiguous()
     M, N = x.shape
-    rows, columns = _tile(N, x.element_size())
+    rows, columns = column_tile(N, x.element_size(), _NUM_WARPS, _LOADS)
     launch(
         _gelu_fwd_kernel, (triton.cdiv(M, rows) * triton.cdiv(N, columns),),
         x, bias, y, x.stride(0), M,
@@ -126,7 +119,7 @@ def gelu_bwd(dy, x, bias, activation):
         return outputs
     dy, x, bias = as_rows(dy), as_rows(x), None if bias is None else bias.contiguous()
     M = x.shape[0]
-    rows, columns = _tile(N, x.element_size())
+    rows, columns = column_tile(N, x.element_size(), _NUM_WARPS, _LOADS)
     tiles = 1 if bias is None else _TILES
     blocks = triton.cdiv(M, rows * tiles)
     acc_dtype = torch.promote_types(x.dtype, torch.float32)

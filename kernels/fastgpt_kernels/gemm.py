@@ -75,13 +75,13 @@ class Blocks(NamedTuple):
 UNALIGNED = Blocks(128, 64, 32, warps=8, stages=3, parts=2)  # columns off 16-byte boundaries: loaded one by one
 
 
-def _asynchronous(capability: int) -> bool:
-    """wgmma or tcgen05, fed by the tensor memory accelerator. Consumer Blackwell (sm120) has mma.sync as Ampere has."""
-    return 90 <= capability < 120
-
-
 def _tf32(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+
+
+def _asynchronous(capability: int, dtype: torch.dtype) -> bool:
+    """wgmma or tcgen05, fed by the tensor memory accelerator. Consumer Blackwell (sm120) has mma.sync as Ampere has."""
+    return 90 <= capability < 120 and (dtype.itemsize == 2 or _tf32(dtype))
 
 
 def gemm_blocks(
@@ -99,22 +99,19 @@ def gemm_blocks(
     parts = 4 if epilogue in ("gradient", "gelu") else 2  # another tile in registers, erf's polynomial
     if dtype == torch.float32:
         choices = [Blocks(128, 128, 32, warps=8, stages=3, parts=parts), Blocks(64, 64, 32, warps=4, stages=3)]
-    elif M <= 32:  # the weight is all the traffic: narrow tiles for many programs, long steps for loads in flight
-        choices = [Blocks(16 if M <= 16 else 32, 32, 128, warps=4, stages=4, programs=4)]
+    elif M <= 32:  # the weight is all the traffic: narrow tiles for many programs, a deep pipeline for loads in flight
+        choices = [Blocks(16 if M <= 16 else 32, 32, 64, warps=4, stages=8, programs=3)]
     elif not aligned:
         choices = [UNALIGNED]
-    elif _asynchronous(capability):
+    elif _asynchronous(capability, dtype):
         shared = Blocks(128, 128, 64, warps=8, stages=3, parts=parts, programs=2, maxnreg=128)
         if capability >= 100:  # accumulators in tensor memory leave the registers to four warps
             shared = shared._replace(warps=4, maxnreg=None)
         alone = [Blocks(128, 256, 64, warps=8, stages=4, parts=2)] if epilogue is None else []
         choices = [*alone, shared, Blocks(64, 64, 64, warps=4, stages=4, programs=3)]
-    else:
-        # 64 x 64 a warp needs the fewest reads of shared memory, but leaves an epilogue no registers
-        large = Blocks(128, 128, 32, warps=4 if epilogue is None else 8, stages=4, parts=4)
-        if capability >= 120:
-            large = Blocks(128, 128, 32, warps=8, stages=3, parts=parts)
-        choices = [large, Blocks(64, 64, 64, warps=4, stages=3)]
+    else:  # 64 x 64 a warp needs the fewest reads of shared memory, and all 255 registers
+        warps = 8 if capability >= 120 or (capability > 80 and epilogue == "gradient") else 4
+        choices = [Blocks(128, 128, 32, warps, stages=4, parts=4), Blocks(64, 64, 64, warps=4, stages=3)]
     return next((b for b in choices if triton.cdiv(M, b.m) * triton.cdiv(N, b.n) >= sms), choices[-1])
 
 
@@ -131,7 +128,7 @@ def rows_blocks(M: int, N: int, dtype: torch.dtype, capability: int, aligned: bo
         return Blocks(64, 64, 64, warps=4, stages=3, programs=3)
     if not aligned:
         return UNALIGNED
-    if _asynchronous(capability):
+    if _asynchronous(capability, dtype):
         return Blocks(128, 256, 64, warps=8, stages=4)
     return Blocks(128, 128, 32, warps=4 if capability < 90 else 8, stages=4, programs=2)
 
@@ -356,10 +353,6 @@ def _describe(x: Tensor, block_rows: int, block_cols: int, transposed: bool | No
     return TensorDescriptor.from_tensor(x, [block_rows, block_cols])
 
 
-def _tensor_cores_take(dtype: torch.dtype) -> bool:
-    return dtype.itemsize == 2 or _tf32(dtype)
-
-
 def _gemm(
     a: Tensor, b: Tensor, bias: Tensor | None, pre: Tensor | None, activation: str | None, gradient: bool, sums: bool
 ) -> tuple[Tensor, Tensor]:
@@ -369,7 +362,7 @@ def _gemm(
     capability, sms = arch(device), sm_count(device)
     a_transposed, b_transposed = _orientation(a), _orientation(b)
     aligned = a_transposed is not None and b_transposed is not None and _orientation(out) is False
-    descriptors = aligned and _asynchronous(capability) and _tensor_cores_take(a.dtype)
+    descriptors = aligned and _asynchronous(capability, a.dtype)
     blocks = gemm_blocks(M, N, a.dtype, capability, sms, aligned, "gradient" if gradient else activation)
     tiles_m, tiles_n, part = triton.cdiv(M, blocks.m), triton.cdiv(N, blocks.n), blocks.n // blocks.parts
     wide = torch.promote_types(a.dtype, torch.float32)
@@ -426,14 +419,14 @@ def gemm_rows(a: Tensor, b: Tensor, column_sums: bool) -> tuple[Tensor, Tensor]:
     (K, M), N = a.shape, b.shape[1]
     capability = arch(a.device)
     aligned = _orientation(a) is False and _orientation(b) is False
-    descriptors = aligned and _asynchronous(capability) and _tensor_cores_take(a.dtype)
+    descriptors = aligned and _asynchronous(capability, a.dtype)
     blocks = rows_blocks(M, N, a.dtype, capability, aligned)
     tiles, steps = triton.cdiv(M, blocks.m) * triton.cdiv(N, blocks.n), triton.cdiv(K, blocks.k)
     splits = row_splits(tiles, steps, sm_count(a.device) * blocks.programs, M * N)
     wide = a.dtype if splits == 1 else torch.promote_types(a.dtype, torch.float32)
     out = torch.empty((splits, M, N), device=a.device, dtype=wide)
     sums = torch.empty((splits, M if column_sums else 0), device=a.device, dtype=wide)
-    mode = "none" if not column_sums else "dot" if a.itemsize == 2 and _asynchronous(capability) else "add"
+    mode = "none" if not column_sums else "dot" if a.itemsize == 2 and _asynchronous(capability, a.dtype) else "add"
     operands: tuple[Any, ...] = (a, b)
     if descriptors:
         operands = _describe(a, blocks.k, blocks.m), _describe(b, blocks.k, blocks.n)

@@ -205,7 +205,7 @@ MUTANTS = {
     "offset forgotten": (" % T + offset", " % T"),
     "offset forgotten in the backward": ("dpos_ptr + (t + offset) * C", "dpos_ptr + t * C"),
     "position of the flat index": ("[:, None]) % T + offset", "[:, None]) % (T - 1) + offset"),
-    "another mask in the backward": ("dropout(d, seed, rows,", "dropout(d, seed, rows + 1,"),
+    "another mask in the backward": ("dropout(d, seed,", "dropout(d, seed + 1,"),
     "last sequence lost": ("tl.range(0, B, num", "tl.range(0, B - 1, num"),
     "positions from d before dropout": (
         "            d = dropout(d",
