@@ -34,6 +34,7 @@ from fastgpt.names import (
     Shapes,
     absent_biases,
     detect,
+    differences,
     dtype_name,
     expected_shapes,
     known,
@@ -42,6 +43,21 @@ from fastgpt.names import (
     their_shape,
     unwrapped,
 )
+
+__all__ = [
+    "checked",
+    "differences",
+    "from_layout",
+    "from_params",
+    "infer",
+    "padded",
+    "pieces",
+    "plan",
+    "settle",
+    "to_layout",
+    "to_params",
+    "widened",
+]
 
 
 def infer(shapes: Shapes, layout: str, n_heads: int | None = None, activation: str | None = None) -> GPTConfig:
@@ -240,6 +256,15 @@ def padded(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor
     return out
 
 
+def widened(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """In `dtype`, or each in its own, but 16-bit ones in fp32: what from_pretrained gives a model."""
+    half = (torch.float16, torch.bfloat16)
+    return {
+        name: tensor.to(dtype or (torch.float32 if tensor.dtype in half else tensor.dtype))
+        for name, tensor in tensors.items()
+    }
+
+
 def from_params(params: Mapping[str, Any], n_heads: int | None = None) -> tuple[GPTConfig, dict[str, Tensor]]:
     """(config, GPTModel's state dict) of the book's `params`: a tree of numpy arrays as OpenAI's checkpoint has them.
 
@@ -278,9 +303,3 @@ def to_params(config: GPTConfig, state_dict: Mapping[str, Tensor]) -> dict[str, 
         wide = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
         node[last] = wide.cpu().numpy()
     return params
-
-
-def differences(config: GPTConfig, layout: str) -> dict[str, Any]:
-    """Fields of the config that the layout's program computes otherwise, with its value; empty where it computes the same."""
-    computes = LAYOUTS[layout].computes
-    return {name: value for name, value in computes.items() if getattr(config, name) != value}

@@ -376,26 +376,28 @@ class GPTModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, source: str | os.PathLike[str], *, dtype: torch.dtype | None = None, revision: str | None = None
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        allow_pickle: bool = False,
     ) -> GPTModel:
-        """Load a model: a directory or .safetensors file in a layout that fastgpt.weights knows, "bundled", or a hub name.
+        """Load a model: a directory or file of a format that fastgpt.weights knows, by content, "bundled", or a hub name.
 
         Args:
             source: local files come first; else a name such as "gpt2" or "owner/name" on the Hugging Face hub (extra `hub`).
             dtype: of the parameters; None keeps what the file has, except that 16-bit files become fp32 on the way in, as
                 transformers before 5 did, because a CPU computes fp32 best.
             revision: of the hub repository.
+            allow_pickle: also open what torch.save wrote, by torch.load(weights_only=True).
 
         Returns the model in eval mode on the CPU. Raises ValueError with every mismatch listed; nothing is half-loaded.
         """
-        config, tensors = weights.load_pretrained(source, revision=revision)
+        config, tensors = weights.load_pretrained(source, revision=revision, allow_pickle=allow_pickle)
         with torch.device("meta"):
             model = cls(config)
-        for name, tensor in tensors.items():
-            tensors[name] = tensor.to(
-                dtype or (torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype)
-            )
-        model.load_state_dict(weights.padded(tensors, config), assign=True)
+        model.load_state_dict(weights.padded(weights.widened(tensors, dtype), config), assign=True)
         if config.tie_weights:
             model.out_head.weight = model.tok_emb.weight
         return model.eval()

@@ -200,6 +200,12 @@ def stored_config(config: GPTConfig, layout: str) -> GPTConfig:
     return config.replace(bias=True) if biases == "all but qkv" else config
 
 
+def differences(config: GPTConfig, layout: str) -> dict[str, Any]:
+    """Fields of the config that the layout's program computes otherwise, with its value; empty where it computes the same."""
+    computes = LAYOUTS[layout].computes
+    return {name: value for name, value in computes.items() if getattr(config, name) != value}
+
+
 def unwrapped(names: Mapping[str, Any]) -> dict[str, str]:
     """Name without torch.compile's `_orig_mod.` and DataParallel's `module.` -> name. CheckpointError where two become one."""
     bare: dict[str, str] = {}

@@ -1,13 +1,18 @@
 """Checkpoints to state dicts and back. Knows a model by its config alone.
 
-Two layouts of a directory with config.json and model.safetensors (or model.safetensors.index.json and its shards):
+    load_pretrained(source) -> (config, state dict)     a directory, a file, "bundled" or a name on the hub, by content:
 
-    gpt2      transformers' GPT-2, which vLLM serves too: names with or without `transformer.`, lm_head optional, stray mask
-              buffers ignored. Linear weights are stored transposed ([in, out], `Conv1D`), queries, keys and values side by side.
-    fastgpt   GPTModel's own names, for what GPT-2's layout can't say (post-norm, a head bias, non-causal attention).
+        safetensors       transformers' GPT-2 with or without `transformer.`, lm_head and mask buffers; shards; our own
+        torch.save's      pytorch_model.bin, nanoGPT's ckpt.pt, the book's .pth; with allow_pickle only
+        llm.c's .bin      fp32 and bf16
+        TensorFlow's      OpenAI's model.ckpt with hparams.json
 
-Everything is checked against the config before a tensor is read, and every mismatch is listed. Only safetensors files are opened:
-nothing in a checkpoint is executed.
+    save_pretrained(config, state dict, directory)      config.json and model.safetensors, or shards of it
+    save_as(config, state dict, path, format)           "hf", "nanogpt", "llms-from-scratch" or "llmc"
+
+What a file doesn't say itself stands in config.json beside it: transformers', the book's seven keys, or ours; a GPT-2 file alone
+tells its sizes by its shapes. Everything is checked against the config before a tensor is read, and every mismatch is listed.
+Nothing in a checkpoint is executed. Names and orientation are fastgpt.names, files fastgpt.formats.
 """
 
 from __future__ import annotations
@@ -18,113 +23,81 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from fastgpt import formats
 from fastgpt.config import GPTConfig
-from fastgpt.files import atomic_write, write_text
+from fastgpt.dialects import agree, book_json, complaints, config_json, from_config_json, from_hparams, read_json
+from fastgpt.files import write_text
+from fastgpt.layouts import checked, infer, padded, pieces, plan, settle, to_layout, widened
+from fastgpt.names import DTYPES, HEADS, CheckpointError, detect, differences, expected_shapes
+
+__all__ = [
+    "BUNDLED",
+    "FORMATS",
+    "HUB_NAMES",
+    "CheckpointError",
+    "Loaded",
+    "expected_shapes",
+    "load",
+    "load_pretrained",
+    "padded",
+    "save_as",
+    "save_pretrained",
+    "widened",
+]
 
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 BUNDLED = Path(__file__).parent / "assets"
-MAX_CONFIG_BYTES = 2**20  # a config.json is about 1 kB
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-# GPT-2 name -> (ours, how): "copy" as it is, "T" transposed, "qkv" and "qkv T" three of ours side by side on the last dimension.
-# {i} is the layer. Shapes and orientation: facts of transformers' modeling_gpt2.py and of
-# https://github.com/rasbt/LLMs-from-scratch, ch05 (load_weights_into_gpt).
-_QKV = ("W_query", "W_key", "W_value")
-GPT2_TOP = {
-    "wte.weight": ("tok_emb.weight", "copy"),
-    "wpe.weight": ("pos_emb.weight", "copy"),
-    "ln_f.weight": ("final_norm.scale", "copy"),
-    "ln_f.bias": ("final_norm.shift", "copy"),
-    "lm_head.weight": ("out_head.weight", "copy"),
-}
-GPT2_LAYER = {
-    "h.{i}.ln_1.weight": ("trf_blocks.{i}.norm1.scale", "copy"),
-    "h.{i}.ln_1.bias": ("trf_blocks.{i}.norm1.shift", "copy"),
-    "h.{i}.attn.c_attn.weight": ("trf_blocks.{i}.att.{qkv}.weight", "qkv T"),
-    "h.{i}.attn.c_attn.bias": ("trf_blocks.{i}.att.{qkv}.bias", "qkv"),
-    "h.{i}.attn.c_proj.weight": ("trf_blocks.{i}.att.out_proj.weight", "T"),
-    "h.{i}.attn.c_proj.bias": ("trf_blocks.{i}.att.out_proj.bias", "copy"),
-    "h.{i}.ln_2.weight": ("trf_blocks.{i}.norm2.scale", "copy"),
-    "h.{i}.ln_2.bias": ("trf_blocks.{i}.norm2.shift", "copy"),
-    "h.{i}.mlp.c_fc.weight": ("trf_blocks.{i}.ff.layers.0.weight", "T"),
-    "h.{i}.mlp.c_fc.bias": ("trf_blocks.{i}.ff.layers.0.bias", "copy"),
-    "h.{i}.mlp.c_proj.weight": ("trf_blocks.{i}.ff.layers.2.weight", "T"),
-    "h.{i}.mlp.c_proj.bias": ("trf_blocks.{i}.ff.layers.2.bias", "copy"),
-}
-PADDED = ("tok_emb.weight", "out_head.weight", "out_head.bias")  # rows: padded_vocab_size in a model, vocab_size here
-GPT2_IGNORED = (".attn.bias", ".attn.masked_bias")  # causal mask buffers of older transformers
-GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
-# Options of transformers' GPT2Config that change the numbers and that GPTConfig has no field for: only these values load.
-GPT2_FIXED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-# What a config.json and the GPTConfig under its "fastgpt" must agree on.
-GPT2_SAID = (
-    *("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"),
-    *("activation_function", "layer_norm_epsilon", "tie_word_embeddings"),
-)
+FORMATS = {"hf": "gpt2", "nanogpt": "nanogpt", "llms-from-scratch": "llms-from-scratch", "llmc": "llmc"}  # -> layout
+# What a directory may hold, the first of these that is there; an .index.json names shards.
+SAFE_NAMES = ("model.safetensors", "model.safetensors.index.json")
+PICKLE_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "ckpt.pt", "model.pth")
+TENSORFLOW_NAME = "model.ckpt.index"
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that can't be loaded; the message lists everything that is wrong with it."""
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A checkpoint's config and GPTModel state dict, the layout it had, and what was in it that is not the model."""
+
+    config: GPTConfig
+    tensors: dict[str, Tensor]
+    layout: str
+    beside: tuple[str, ...]
 
 
-def load_pretrained(source: str | os.PathLike[str], revision: str | None = None) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """(config, GPTModel state dict with vocab_size rows) of a directory, a .safetensors file, "bundled", or a hub name.
+def load_pretrained(
+    source: str | os.PathLike[str], revision: str | None = None, allow_pickle: bool = False
+) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """(config, GPTModel state dict with vocab_size rows) of a directory, a file, "bundled", or a hub name.
 
-    A tied model's dict has no out_head.weight. Tensors are copies in the file's dtype.
+    A tied model's dict has no out_head.weight. Tensors are copies in the file's dtype. Files of torch.save are opened only with
+    allow_pickle, and then by torch.load(weights_only=True).
     """
-    directory, files = _locate(source, revision)
-    raw = _read_json(directory / "config.json") if (directory / "config.json").is_file() else None
-    with contextlib.ExitStack() as stack:
-        try:
-            handles = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
-            where = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 (not a mapping)
-            slices = {name: handle.get_slice(name) for name, handle in where.items()}
-            shapes = {name: tuple(piece.get_shape()) for name, piece in slices.items()}
-            dtypes = {name: piece.get_dtype() for name, piece in slices.items()}
-            config = _config(raw, shapes, (handles[0].metadata() or {}) if handles else {})
-            plan = _plan(config, shapes, dtypes)
-            tensors: dict[str, Tensor] = {}
-            for theirs, ours, how in plan:
-                tensors.update(_to_ours(where[theirs].get_tensor(theirs), ours, how))
-        except SafetensorError as error:
-            raise CheckpointError(f"{', '.join(map(str, files))}: not a whole safetensors file: {error}") from error
-    _drop_redundant(config, tensors)
-    return config, tensors
+    loaded = load(source, revision, allow_pickle)
+    return loaded.config, loaded.tensors
 
 
-def _drop_redundant(config: GPTConfig, tensors: dict[str, Tensor]) -> None:
-    """Remove what GPT-2's layout has and this config doesn't, after a look that nothing is lost with it."""
-    redundant = sorted(absent_biases(config) & set(tensors))
-    lost = [f"{name} isn't zero, and the config has no such bias" for name in redundant if tensors.pop(name).any()]
-    head = tensors.pop("out_head.weight") if config.tie_weights and "out_head.weight" in tensors else None
-    if head is not None and not _same(head, tensors["tok_emb.weight"]):
-        lost.append("the head differs from the token embedding, and the config says that they are one (tied)")
-    if lost:
-        raise CheckpointError("the config leaves out weights that the checkpoint has:\n  " + "\n  ".join(lost))
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() or torch.allclose(a.to(b.dtype), b, rtol=0.0, atol=0.0, equal_nan=True)
-
-
-def padded(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """The state dict as the module wants it: rows padded with zeros to padded_vocab_size, a tied head under both names."""
-    out = dict(tensors)
-    extra = config.padded_vocab_size - config.vocab_size
-    if extra:
-        for name in PADDED:
-            if name in out:
-                out[name] = torch.cat((out[name], out[name].new_zeros(extra, *out[name].shape[1:])))
-    if config.tie_weights:
-        out["out_head.weight"] = out["tok_emb.weight"]
-    return out
+def load(source: str | os.PathLike[str], revision: str | None = None, allow_pickle: bool = False) -> Loaded:
+    """As `load_pretrained`, and what else is known of the checkpoint."""
+    directory, files = _locate(source, revision, allow_pickle)
+    with _open(files, allow_pickle) as opened:
+        layout = detect(opened.shapes) if opened.layout is None else opened.layout
+        config = _config(directory, opened, layout)
+        tensors: dict[str, Tensor] = {}
+        steps = plan(config, opened.shapes, opened.dtypes, layout)
+        numbers = {name: torch.Size(opened.shapes[name]).numel() for name, _, _ in steps if name not in HEADS}
+        claimed = sum(count * DTYPES[opened.dtypes[name]].itemsize for name, count in numbers.items())
+        if claimed > opened.size:  # views of one memory under many names, or of strides of zero
+            raise CheckpointError(f"{source}: the tensors would take {claimed:,} bytes, the file has {opened.size:,}")
+        for theirs, ours, how in steps:
+            # A copy, since what was read may be a view of the mapped file, which would change under the model.
+            for name, piece in pieces(opened.read(theirs), ours, how).items():
+                tensors[name] = piece.clone(memory_format=torch.contiguous_format)
+    settle(config, tensors)
+    return Loaded(config, tensors, layout, opened.beside)
 
 
 def save_pretrained(
@@ -132,114 +105,134 @@ def save_pretrained(
     state_dict: Mapping[str, Tensor],
     directory: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
+    max_shard_bytes: int | None = None,
 ) -> None:
     """Write model.safetensors and config.json. GPT-2's layout where it can say what the config says, else GPTModel's own names.
 
-    A GPT-2 config.json also carries the GPTConfig under "fastgpt" (transformers ignores it), so that loading here is exact.
+    A GPT-2 config.json also carries the GPTConfig under "fastgpt" (transformers ignores it), so that loading here is exact. The
+    weights carry it too: weights and config.json of two saves, of which one was interrupted, don't load as a model. With
+    max_shard_bytes, weights of more bytes are written as shards with an index; a shard may pass it by being one tensor.
     """
-    directory = Path(directory)
+    if max_shard_bytes is not None and max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
+    tensors = _stored(config, state_dict, dtype)
+    layout = "fastgpt" if differences(config, "gpt2") else "gpt2"
+    formats.write_safetensors(config, to_layout(config, tensors, layout), Path(directory), max_shard_bytes)
+    write_text(Path(directory) / "config.json", json.dumps(config_json(config), indent=2) + "\n")
+
+
+def save_as(
+    config: GPTConfig,
+    state_dict: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    format: str,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int | None = None,
+    pickled: bool = False,
+) -> None:
+    """Write the model as another program reads it.
+
+        hf                  directory: config.json and model.safetensors (or shards; pickled: pytorch_model.bin)
+        nanogpt             directory: ckpt.pt, for sample.py; it has no optimizer
+        llms-from-scratch   directory: config.json (the dict of the book's GPTModel) and model.pth (its state dict, with masks)
+        llmc                file
+
+    Raises ValueError where that program would compute something else than a GPTModel of this config, with every field.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {list(FORMATS)}, got {format!r}")
+    if (pickled and max_shard_bytes is not None) or (format != "hf" and (pickled or max_shard_bytes is not None)):
+        raise ValueError("max_shard_bytes and pickled are for format 'hf', one of them at a time")
+    differ = differences(config, FORMATS[format])
+    if differ:
+        said = ", ".join(f"{name}={getattr(config, name)!r}, not {value!r}" for name, value in differ.items())
+        raise ValueError(f"format {format!r} can't say what the config says: {said}")
+    path = Path(path)
+    if format == "hf" and not pickled:
+        save_pretrained(config, state_dict, path, dtype, max_shard_bytes)
+        return
+    tensors = _stored(config, state_dict, dtype)
+    if format == "hf":
+        formats.write_torch(formats.owned(to_layout(config, tensors, "gpt2")), path / "pytorch_model.bin")
+        write_text(path / "config.json", json.dumps(config_json(config), indent=2) + "\n")
+    elif format == "nanogpt":
+        formats.write_torch(formats.nanogpt_checkpoint(config, tensors), path / "ckpt.pt")
+    elif format == "llmc":
+        formats.write_llmc(config, tensors, path)
+    else:
+        book = to_layout(config, tensors, "llms-from-scratch", masks=True)
+        formats.write_torch(formats.owned(book), path / "model.pth")
+        book_config = config.replace(bias=True, tie_weights=False)
+        write_text(path / "config.json", json.dumps(book_json(book_config), indent=2) + "\n")
+
+
+def _stored(config: GPTConfig, state_dict: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {list(DTYPES.values())}, got {dtype}")
-    wanted = expected_shapes(config)
-    allowed = wanted | ({"out_head.weight": wanted["tok_emb.weight"]} if config.tie_weights else {})
-    problems = [f"{name} is missing" for name in wanted if name not in state_dict]
-    problems += [f"{name} has no place" for name in state_dict if name not in allowed]
-    for name, shape in allowed.items():
-        rows = config.padded_vocab_size if name in PADDED else shape[0]
-        if name in state_dict and tuple(state_dict[name].shape) not in (shape, (rows, *shape[1:])):
-            problems.append(f"{name} is {list(state_dict[name].shape)}, not {list(shape)}")
-        elif name in state_dict and state_dict[name].dtype not in DTYPES.values():
-            problems.append(f"{name} has dtype {state_dict[name].dtype}, not one of {list(DTYPES.values())}")
-    V, head = config.vocab_size, state_dict.get("out_head.weight") if config.tie_weights and not problems else None
-    if head is not None and not _same(head[:V], state_dict["tok_emb.weight"][:V]):
-        problems.append("out_head.weight differs from tok_emb.weight, and the config says that they are one (tied)")
-    if problems:
-        raise ValueError(
-            f"the state dict isn't that of a GPTModel of this config in {len(problems)} places; fold or remove swapped "
-            "modules, or save them by torch.save:\n  " + "\n  ".join(problems)
-        )
-    tensors = {
-        name: state_dict[name].detach()[: shape[0]].to(device="cpu", dtype=dtype) for name, shape in wanted.items()
+    return {
+        name: tensor.to(device="cpu", dtype=dtype or tensor.dtype)
+        for name, tensor in checked(config, state_dict).items()
     }
-    if fits_gpt2(config):
-        tensors, settings = _to_gpt2(config, tensors), _gpt2_settings(config)
-    else:
-        settings = {"model_type": "fastgpt", "fastgpt": config.to_dict()}
-    metadata = {"format": "pt", "fastgpt": json.dumps(config.to_dict())}
-    contiguous = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-    atomic_write(directory / "model.safetensors", lambda path: save_file(contiguous, path, metadata=metadata))
-    write_text(directory / "config.json", json.dumps(settings, indent=2) + "\n")
 
 
-def expected_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Every name of a checkpoint of this config with its shape; vocab_size rows, a tied head once."""
-    C, H, V = config.emb_dim, config.hidden_dim, config.vocab_size
-    shapes: dict[str, tuple[int, ...]] = {"tok_emb.weight": (V, C), "pos_emb.weight": (config.context_length, C)}
-    for i in range(config.n_layers):
-        block = f"trf_blocks.{i}."
-        for name in _QKV:
-            shapes[f"{block}att.{name}.weight"] = (C, C)
-            shapes[f"{block}att.{name}.bias"] = (C,)
-        shapes |= {f"{block}att.out_proj.weight": (C, C), f"{block}att.out_proj.bias": (C,)}
-        shapes |= {f"{block}ff.layers.0.weight": (H, C), f"{block}ff.layers.0.bias": (H,)}
-        shapes |= {f"{block}ff.layers.2.weight": (C, H), f"{block}ff.layers.2.bias": (C,)}
-        for norm in ("norm1", "norm2"):
-            shapes |= {f"{block}{norm}.scale": (C,), f"{block}{norm}.shift": (C,)}
-    shapes |= {"final_norm.scale": (C,), "final_norm.shift": (C,)}
-    if not config.tie_weights:
-        shapes["out_head.weight"] = (V, C)
-    if config.head_bias:
-        shapes["out_head.bias"] = (V,)
-    absent = absent_biases(config)
-    return {name: shape for name, shape in shapes.items() if name not in absent}
+def _config(directory: Path, opened: formats.Opened, layout: str) -> GPTConfig:
+    """What the file says itself, what the file of settings beside it says, or, for a bare GPT-2 file, what its shapes tell."""
+    beside = directory / ("hparams.json" if opened.format == "tensorflow" else "config.json")
+    said = None
+    if beside.is_file() and (opened.config is None or opened.format == "safetensors"):
+        said = (from_hparams if opened.format == "tensorflow" else from_config_json)(read_json(beside))
+        if opened.config is not None:
+            agree(said, opened.config, str(beside))
+    if said is None and opened.config is None:
+        with complaints("the shapes"):
+            return infer(opened.shapes, layout)
+    return said or opened.config  # type: ignore[return-value]  # one of them is there
 
 
-def absent_biases(config: GPTConfig) -> set[str]:
-    """Biases that GPT-2's layout has and a model of this config doesn't: stored there as zeros, dropped on the way back."""
-    names = {f"trf_blocks.{i}.att.{name}.bias" for i in range(config.n_layers) for name in _QKV if not config.qkv_bias}
-    if config.bias:
-        return names
-    parts = ("att.out_proj.bias", "ff.layers.0.bias", "ff.layers.2.bias", "norm1.shift", "norm2.shift")
-    return names | {f"trf_blocks.{i}.{part}" for i in range(config.n_layers) for part in parts} | {"final_norm.shift"}
+def _open(files: list[Path], allow_pickle: bool) -> contextlib.AbstractContextManager[formats.Opened]:
+    kinds = {formats.format_of(file) for file in files} or {"safetensors"}
+    if kinds == {"safetensors"}:
+        return formats.open_safetensors(files)
+    if kinds == {"torch"}:
+        return formats.open_torch(files, allow_pickle)
+    if len(files) > 1:
+        raise CheckpointError(f"shards of different formats, or of none that has shards: {sorted(kinds)}")
+    return formats.open_llmc(files[0]) if kinds == {"llm.c"} else formats.open_tensorflow(files[0])
 
 
-def fits_gpt2(config: GPTConfig) -> bool:
-    """Whether transformers' GPT-2 computes the same function."""
-    return config.norm_position == "pre" and config.causal and not config.head_bias
-
-
-def _locate(source: str | os.PathLike[str], revision: str | None) -> tuple[Path, list[Path]]:
-    """The directory of config.json, and the safetensors files."""
+def _locate(source: str | os.PathLike[str], revision: str | None, allow_pickle: bool) -> tuple[Path, list[Path]]:
+    """The directory of the settings, and the files of weights."""
     path = BUNDLED if str(source) == "bundled" else Path(source)
     if path.is_file():
-        if path.suffix != ".safetensors":
-            raise CheckpointError(
-                f"{path} is not a .safetensors file; only those are opened, since others can run code"
-            )
         return path.parent, [path]
+    if Path(f"{path}.index").is_file():  # TensorFlow's way of naming a checkpoint
+        return path.parent, [Path(f"{path}.index")]
     if not path.is_dir():
-        path = _download(str(source), revision)
-    if (path / "model.safetensors").is_file():
-        return path, [path / "model.safetensors"]
-    index = path / "model.safetensors.index.json"
-    if not index.is_file():
-        raise CheckpointError(f"{path} has no model.safetensors, nor its .index.json; other formats can run code")
-    weight_map = _read_json(index, limit=2**26).get("weight_map")
+        path = _download(str(source), revision, allow_pickle)
+    names = (*SAFE_NAMES, *PICKLE_NAMES, TENSORFLOW_NAME)
+    name = next((name for name in names if (path / name).is_file()), None)
+    if name is None:
+        raise CheckpointError(f"{path} has no model.safetensors, nor any of {', '.join(names[1:])}")
+    return path, _shards(path / name) if name.endswith(".index.json") else [path / name]
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index, limit=2**26).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map of file names")
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name or name in ("", ".", ".."):
             raise CheckpointError(f"{index} names a shard outside its own directory: {name!r}")
-        if not (path / name).is_file():
+        if not (index.parent / name).is_file():
             raise CheckpointError(f"{index} names the shard {name!r}, which isn't there")
-    return path, [path / name for name in names]
+    return [index.parent / name for name in names]
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, allow_pickle: bool) -> Path:
     import importlib.util
 
-    known = f'a directory, a .safetensors file, "bundled", one of {sorted(HUB_NAMES)}, or owner/name on the Hugging Face hub'
+    known = f'a directory, a file, "bundled", one of {sorted(HUB_NAMES)}, or owner/name on the Hugging Face hub'
     if name not in HUB_NAMES and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"no model at {name!r}; expected {known}")
     if importlib.util.find_spec("huggingface_hub") is None:
@@ -248,203 +241,13 @@ def _download(name: str, revision: str | None) -> Path:
         )
     import huggingface_hub
 
+    patterns = ["config.json", *SAFE_NAMES, "model-*.safetensors"]
     try:
         found = huggingface_hub.snapshot_download(
             HUB_NAMES.get(name, name),
             revision=revision,
-            allow_patterns=["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"],
+            allow_patterns=patterns + (["pytorch_model*.bin", "pytorch_model.bin.index.json"] if allow_pickle else []),
         )
     except Exception as error:  # the client raises a dozen unrelated types for "not reachable"
         raise CheckpointError(f"{name!r} is no local path and could not be fetched from the hub: {error}") from error
     return Path(found)
-
-
-def _read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    if path.stat().st_size > limit:
-        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; at most {limit:,} are read")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # bad bytes, bad syntax, integers of thousands of digits
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _config(
-    raw: dict[str, Any] | None, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
-) -> GPTConfig:
-    """The GPTConfig of a config.json, of a file's own metadata, or, for a bare GPT-2 file, of its shapes."""
-    try:
-        if raw is None and "fastgpt" in metadata:
-            raw = {"fastgpt": json.loads(metadata["fastgpt"])}
-        if raw is None:
-            return _infer(shapes)
-        kind, activation = raw.get("model_type", "gpt2"), raw.get("activation_function", "gelu_new")
-        if kind not in ("gpt2", "fastgpt"):
-            raise CheckpointError(f"config.json is of model_type {kind!r}; only 'gpt2' and 'fastgpt' load")
-        for name, value in GPT2_FIXED.items():
-            if raw.get(name, value) != value:
-                raise CheckpointError(f"config.json has {name}={raw[name]!r}, which this model has no way to compute")
-        if activation not in list(GPT2_ACTIVATIONS):
-            raise CheckpointError(
-                f"config.json has activation_function={activation!r}; known are {sorted(GPT2_ACTIVATIONS)}"
-            )
-        if "fastgpt" in raw or kind == "fastgpt":
-            if not isinstance(raw["fastgpt"], dict):
-                raise CheckpointError(f'"fastgpt" in config.json must be an object, got {raw["fastgpt"]!r}')
-            config = GPTConfig.from_dict(raw["fastgpt"])
-            said = {name: value for name, value in _gpt2_settings(config).items() if name in GPT2_SAID and name in raw}
-            differ = [f"{name}={raw[name]!r} beside {value!r}" for name, value in said.items() if raw[name] != value]
-            if differ:
-                raise CheckpointError(
-                    f'config.json contradicts its own "fastgpt": {", ".join(differ)}; mend or delete that'
-                )
-            return config
-        config = GPTConfig(
-            vocab_size=raw["vocab_size"],
-            context_length=raw["n_positions"],
-            emb_dim=raw["n_embd"],
-            n_heads=raw["n_head"],
-            n_layers=raw["n_layer"],
-            drop_rate=raw.get("resid_pdrop", 0.1),
-            qkv_bias=True,
-            activation=GPT2_ACTIVATIONS[activation],
-            tie_weights=raw.get("tie_word_embeddings", True),
-            init="gpt2",
-            norm_eps=raw.get("layer_norm_epsilon", 1e-5),
-            emb_drop_rate=raw.get("embd_pdrop", 0.1),
-            attn_drop_rate=raw.get("attn_pdrop", 0.1),
-        )
-        if raw.get("n_inner") not in (None, config.hidden_dim):
-            raise CheckpointError(f"config.json has n_inner={raw['n_inner']!r}; only four times n_embd loads")
-        return config
-    except CheckpointError:
-        raise
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"config.json: {error}") from error
-    except KeyError as error:
-        raise CheckpointError(f"config.json lacks {error.args[0]!r}") from error
-
-
-def _infer(shapes: Mapping[str, tuple[int, ...]]) -> GPTConfig:
-    bare = {name.removeprefix("transformer."): shape for name, shape in shapes.items()}
-    if len(bare.get("wte.weight", ())) != 2 or len(bare.get("wpe.weight", ())) != 2:
-        raise CheckpointError("there is no config.json, and the names are not GPT-2's, so the sizes can't be told")
-    V, C = bare["wte.weight"]
-    layers = len({name.split(".")[1] for name in bare if name.startswith("h.")})
-    if C % 64:
-        raise CheckpointError(
-            f"there is no config.json, and width {C} isn't made of GPT-2's heads of 64; put config.json beside the file"
-        )
-    tied = "lm_head.weight" not in bare
-    return GPTConfig(V, bare["wpe.weight"][0], C, C // 64, layers, 0.1, True, tie_weights=tied, init="gpt2")
-
-
-def _gpt2_names(config: GPTConfig) -> list[tuple[str, str, str]]:
-    """(GPT-2 name without prefix, ours, how) of everything that a GPT-2 checkpoint of this config holds."""
-    names = [
-        (theirs, ours, how)
-        for theirs, (ours, how) in GPT2_TOP.items()
-        if theirs != "lm_head.weight" or not config.tie_weights
-    ]
-    for i in range(config.n_layers):
-        names += [
-            (theirs.replace("{i}", str(i)), ours.replace("{i}", str(i)), how)
-            for theirs, (ours, how) in GPT2_LAYER.items()
-        ]
-    return names
-
-
-def _plan(
-    config: GPTConfig, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]
-) -> list[tuple[str, str, str]]:
-    """(name in the file, ours, how) for every tensor to read; CheckpointError with every mismatch."""
-    # A tied head may be there too; it is read, so that `_drop_redundant` can tell whether it is the same.
-    head = config.replace(tie_weights=config.tie_weights and not {"out_head.weight", "lm_head.weight"} & set(shapes))
-    if "tok_emb.weight" in shapes:
-        wanted = expected_shapes(head)
-        plan = [(name, name, "copy") for name in wanted]
-        ignored = {name for name in shapes if name.endswith(".att.mask")}
-    else:
-        prefix = "transformer." if any(name.startswith("transformer.") for name in shapes) else ""
-        full = expected_shapes(head.replace(bias=True, qkv_bias=True))
-        plan, wanted = [], {}
-        for theirs, ours, how in _gpt2_names(head):
-            name = theirs if theirs == "lm_head.weight" else prefix + theirs
-            plan.append((name, ours, how))
-            wanted[name] = _their_shape(full, ours, how)
-        ignored = {name for name in shapes if name.endswith(GPT2_IGNORED)}
-    problems = [f"missing {name} {list(wanted[name])}" for name in wanted if name not in shapes]
-    problems += [
-        f"unknown {name} {list(shapes[name])}" for name in shapes if name not in wanted and name not in ignored
-    ]
-    for name in wanted:
-        if name in shapes and shapes[name] != wanted[name]:
-            problems.append(f"{name} is {list(shapes[name])}, the config says {list(wanted[name])}")
-        if name in shapes and dtypes[name] not in DTYPES:
-            problems.append(f"{name} has dtype {dtypes[name]}, expected one of {list(DTYPES)}")
-    if problems:
-        raise CheckpointError(
-            f"the checkpoint doesn't match its config in {len(problems)} places:\n  " + "\n  ".join(problems)
-        )
-    return plan
-
-
-def _their_shape(full: Mapping[str, tuple[int, ...]], ours: str, how: str) -> tuple[int, ...]:
-    shape = full[ours.replace("{qkv}", _QKV[0])]
-    shape = shape[::-1] if "T" in how else shape
-    return (*shape[:-1], 3 * shape[-1]) if "qkv" in how else shape
-
-
-def _to_ours(tensor: Tensor, ours: str, how: str) -> dict[str, Tensor]:
-    # A clone, since what safetensors gives is a view of the mapped file, which would change under the model.
-    if "qkv" in how:
-        pieces = dict(zip(_QKV, tensor.chunk(3, dim=-1), strict=True))
-        return {ours.replace("{qkv}", name): _oriented(piece, how) for name, piece in pieces.items()}
-    return {ours: _oriented(tensor, how)}
-
-
-def _oriented(tensor: Tensor, how: str) -> Tensor:
-    return (tensor.T if "T" in how else tensor).clone(memory_format=torch.contiguous_format)
-
-
-def _to_gpt2(config: GPTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    full = dict(tensors)
-    shapes = expected_shapes(config.replace(bias=True, qkv_bias=True))
-    for name in absent_biases(config):
-        full[name] = torch.zeros(shapes[name], dtype=tensors["tok_emb.weight"].dtype)
-    out = {}
-    for theirs, ours, how in _gpt2_names(config):
-        if "qkv" in how:
-            pieces = [full[ours.replace("{qkv}", name)] for name in _QKV]
-            tensor = torch.cat([piece.T if "T" in how else piece for piece in pieces], dim=-1)
-        else:
-            tensor = full[ours].T if "T" in how else full[ours]
-        out[theirs if theirs == "lm_head.weight" else "transformer." + theirs] = tensor
-    return out
-
-
-def _gpt2_settings(config: GPTConfig) -> dict[str, Any]:
-    activation = {ours: theirs for theirs, ours in reversed(GPT2_ACTIVATIONS.items())}[config.activation]
-    end_of_text = 50256 if config.vocab_size > 50256 else None
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.context_length,
-        "n_ctx": config.context_length,
-        "n_embd": config.emb_dim,
-        "n_layer": config.n_layers,
-        "n_head": config.n_heads,
-        "activation_function": activation,
-        "resid_pdrop": config.drop_rate,
-        "embd_pdrop": config.drop_rate if config.emb_drop_rate is None else config.emb_drop_rate,
-        "attn_pdrop": config.drop_rate if config.attn_drop_rate is None else config.attn_drop_rate,
-        "layer_norm_epsilon": config.norm_eps,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": config.tie_weights,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-        "fastgpt": dataclasses.asdict(config),
-    }

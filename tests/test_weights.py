@@ -454,18 +454,22 @@ class Touch:
         return open, (str(self.path), "w")
 
 
-@pytest.mark.parametrize(
-    "name", ["model.bin", "pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "weights.npz"]
-)
-def test_pickles_are_never_opened(name, tmp_path, good, refused):
+@pytest.mark.parametrize("name", ["model.bin", "pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "ckpt.pt"])
+def test_pickles_are_not_opened_unasked(name, tmp_path, good, refused):
     path = tmp_path / name
     path.write_bytes(pickle.dumps(Touch(tmp_path / "executed")))
     shutil.copy(good / "config.json", tmp_path)
-    refused(path, name, "is not a .safetensors file; only those are opened")
-    refused(tmp_path, "no model.safetensors")
+    refused(path, name, "a pickle, which is opened only with allow_pickle=True")
+    refused(tmp_path)
     shutil.copy(path, tmp_path / "model.safetensors")
     refused(tmp_path, "not a whole safetensors file")
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        load_pretrained(tmp_path, allow_pickle=True)
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_directory_of_nothing_says_what_was_looked_for(tmp_path, refused):
+    refused(tmp_path, "no model.safetensors, nor any of", "pytorch_model.bin", "ckpt.pt", "model.ckpt.index")
 
 
 # config.json
@@ -649,9 +653,16 @@ def test_keys_of_both_kinds_of_prefix_are_a_mismatch(tmp_path, good, refused):
     refused(write(tmp_path, tensors, config), "missing transformer.h.0.ln_1.bias", "unknown h.0.ln_1.bias")
 
 
-def test_an_empty_file_lists_everything(tmp_path, good, refused):
-    said = refused(write(tmp_path, {}, read(good)[1]), "in 28 places", "missing wte.weight [101, 32]")
-    assert said.count("missing") == 28
+def test_names_of_nobody_are_said_to_be_so(tmp_path, good, refused):
+    refused(write(tmp_path, {}, read(good)[1]), "not those of a GPT-2 that is known here: there are none")
+    refused(write(tmp_path, {"model.norm": torch.ones(3)}, read(good)[1]), "is known here: model.norm")
+
+
+def test_a_file_of_one_tensor_lists_everything_else(tmp_path, good, refused):
+    tensors, config = read(good)
+    kept = {"transformer.wpe.weight": tensors["transformer.wpe.weight"]}
+    said = refused(write(tmp_path, kept, config), "in 27 places", "missing transformer.wte.weight [101, 32]")
+    assert said.count("missing") == 27
 
 
 def test_a_head_that_is_not_the_embedding_of_a_tied_config_is_refused(tmp_path, good, refused):
@@ -717,7 +728,7 @@ def test_indexes_without_a_map_of_names_are_refused(weight_map, tmp_path, good, 
 
 
 def test_broken_indexes_and_shards_are_refused(tmp_path, good, refused):
-    refused(sharded(tmp_path, good, {}), "missing wte.weight")
+    refused(sharded(tmp_path, good, {}), "there are none")
     refused(
         sharded(tmp_path, good, {"a": "model-1.safetensors"}),
         "names the shard 'model-1.safetensors', which isn't there",
@@ -746,7 +757,7 @@ def test_a_shard_left_out_is_a_list_of_what_is_missing(tmp_path, refused):
 def test_names_of_nothing_are_refused(name, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     refused(
-        name, f"no model at {name!r}; expected a directory, a .safetensors file", "gpt2-xl", error=FileNotFoundError
+        name, f"no model at {name!r}; expected a directory, a file", "gpt2-xl", error=FileNotFoundError
     )
 
 
