@@ -6,8 +6,9 @@
                               head always there, causal masks as buffers
     llms-from-scratch-fast    its GPTModelFast: queries, keys and values packed                [out, in]
     gpt2                      transformers' GPT-2, which vLLM serves too                       [in, out] (Conv1D)
-    nanogpt                   nanoGPT, minGPT, llm.c: GPT-2's names; all biases or none; the   [out, in]
-                              head always there
+    nanogpt                   nanoGPT, minGPT: GPT-2's names; all biases or none; the head     [out, in]
+                              always there
+    llmc                      llm.c: GPT-2's names, which its files leave out; no head         [out, in]
     openai                    OpenAI's TensorFlow variables, without `model/`                  [in, out]
 
 Shapes and orientation are facts of transformers' modeling_gpt2.py, https://github.com/karpathy/nanoGPT (model.py),
@@ -151,6 +152,7 @@ LAYOUTS = {
         ignored=(".attn.bias",),
         computes={**_GPT2, "activation": "gelu", "tie_weights": True},
     ),
+    "llmc": Layout(GPT2_TOP, NANOGPT_LAYER, "transformer.", "all", computes={**_GPT2, "tie_weights": True}),
     "openai": Layout(OPENAI_TOP, OPENAI_LAYER, biases="all", computes={**_GPT2, "tie_weights": True}),
 }
 HEADS = ("lm_head.weight", "out_head.weight")
