@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,23 @@ def test_train_bundled_model(tmp_path):
     assert "held out:" in text
     assert "xz -9" in text
     assert (tmp_path / "out" / "model" / "model.safetensors").stat().st_size < 8_000_000
+
+
+def test_llms_from_scratch_swap(tmp_path, monkeypatch, capsys):
+    text = run("llms_from_scratch_swap.py", "--new-tokens", "30", "--steps", "1", cwd=tmp_path)
+    rows = [line.split() for line in text.splitlines() if line.startswith(("llms_from", "fastgpt.compat"))]
+    assert [row[0] for row in rows] == ["llms_from_scratch", "fastgpt.compat.llms_from_scratch"]
+    assert float(rows[0][3]) == pytest.approx(float(rows[1][3]), rel=1e-3)
+    assert "same tokens: yes" in text
+
+    for name in ("llms_from_scratch", "llms_from_scratch.ch04"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(sys, "argv", ["swap", "--new-tokens", "2", "--steps", "1"])
+    runpy.run_path(str(ROOT / "examples" / "llms_from_scratch_swap.py"), run_name="__main__")
+    text = capsys.readouterr().out
+    assert text.startswith("llms_from_scratch is left out: import of llms_from_scratch")
+    assert [line for line in text.splitlines() if line.startswith("fastgpt.compat.llms_from_scratch ")]
+    assert "times as fast" not in text
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
