@@ -1,6 +1,7 @@
 """nanoGPT's model, written afresh from its description as an oracle: fused c_attn, tied head, exact GELU, scaled init.
 
-https://github.com/karpathy/nanoGPT/blob/master/model.py (MIT) says which layers there are and in which order they are drawn.
+https://github.com/karpathy/nanoGPT/blob/master/model.py (MIT) says which layers there are, what they are called, in which order
+they are drawn and where dropout is.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int, bias: bool) -> None:
+    def __init__(self, width: int, heads: int, bias: bool, dropout: float, gelu: str) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.p, self.gelu = heads, dropout, gelu
         self.ln_1 = Norm(width, bias)
         self.attn = nn.ModuleDict(
             {"c_attn": nn.Linear(width, 3 * width, bias), "c_proj": nn.Linear(width, width, bias)}
@@ -43,18 +44,32 @@ class Block(nn.Module):
         )
         scores = (q @ k.mT) / math.sqrt(C // self.heads)
         scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf)
-        x = x + self.attn["c_proj"]((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C))
-        return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x))))
+        seen = F.dropout(scores.softmax(-1), self.p, self.training) @ v
+        x = x + F.dropout(self.attn["c_proj"](seen.transpose(1, 2).reshape(B, T, C)), self.p, self.training)
+        hidden = F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate=self.gelu)
+        return x + F.dropout(self.mlp["c_proj"](hidden), self.p, self.training)
 
 
 class NanoGPT(nn.Module):
-    def __init__(self, vocab: int, context: int, width: int, heads: int, layers: int, bias: bool) -> None:
+    def __init__(
+        self,
+        vocab: int,
+        context: int,
+        width: int,
+        heads: int,
+        layers: int,
+        bias: bool,
+        dropout: float = 0.0,
+        gelu: str = "none",
+    ) -> None:
         super().__init__()
-        self.wte, self.wpe = nn.Embedding(vocab, width), nn.Embedding(context, width)
-        self.h = nn.ModuleList([Block(width, heads, bias) for _ in range(layers)])
-        self.ln_f = Norm(width, bias)
+        self.context, self.p = context, dropout
+        parts = {"wte": nn.Embedding(vocab, width), "wpe": nn.Embedding(context, width)}
+        parts["h"] = nn.ModuleList([Block(width, heads, bias, dropout, gelu) for _ in range(layers)])
+        parts["ln_f"] = Norm(width, bias)
+        self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(width, vocab, bias=False)
-        self.wte.weight = self.lm_head.weight
+        self.transformer["wte"].weight = self.lm_head.weight
         self.apply(self._draw)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -68,15 +83,20 @@ class NanoGPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, idx: Tensor) -> Tensor:
-        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1]))
-        for block in self.h:
+        tree = self.transformer
+        x = F.dropout(tree["wte"](idx) + tree["wpe"](torch.arange(idx.shape[1])), self.p, self.training)
+        for block in tree["h"]:
             x = block(x)
-        return self.lm_head(self.ln_f(x))
+        return self.lm_head(tree["ln_f"](x))
+
+    def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self(idx).flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
-    def generate(self, idx: Tensor, count: int, temperature: float, top_k: int, context: int) -> Tensor:
+    def generate(self, idx: Tensor, count: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
         for _ in range(count):
-            logits = self(idx[:, -context:])[:, -1] / temperature
-            logits[logits < logits.topk(top_k).values[:, [-1]]] = -math.inf
+            logits = self(idx[:, -self.context :])[:, -1] / temperature
+            if top_k is not None:
+                logits[logits < logits.topk(min(top_k, logits.shape[-1])).values[:, [-1]]] = -math.inf
             idx = torch.cat((idx, torch.multinomial(logits.softmax(-1), 1)), dim=1)
         return idx

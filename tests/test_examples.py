@@ -42,6 +42,14 @@ def test_train_bundled_model(tmp_path):
     assert (tmp_path / "out" / "model" / "model.safetensors").stat().st_size < 8_000_000
 
 
+def test_nanogpt_swap(tmp_path):
+    sizes = ("--layers", "2", "--heads", "2", "--width", "32", "--context", "32", "--batch", "2")
+    text = run("nanogpt_swap.py", *sizes, "--new-tokens", "40", "--rounds", "1", cwd=tmp_path)
+    assert "same seed, same tokens: True" in text
+    table = [line.split() for line in text.splitlines() if line.endswith("x")]
+    assert [row[0] for row in table] == ["training", "generation"]
+
+
 def test_llms_from_scratch_swap(tmp_path, monkeypatch, capsys):
     text = run("llms_from_scratch_swap.py", "--new-tokens", "30", "--steps", "1", cwd=tmp_path)
     rows = [line.split() for line in text.splitlines() if line.startswith(("llms_from", "fastgpt.compat"))]
