@@ -78,7 +78,8 @@ def _variables(index: Path, data: bytes) -> dict[str, Variable]:
     if len(data) < FOOTER or struct.unpack("<Q", data[-8:])[0] != MAGIC:
         raise _Malformed("it doesn't end in a table's footer")
     entries: dict[str, bytes] = {}
-    _, at = _handle(data, len(data) - FOOTER)  # of the metaindex block, which is empty
+    metaindex, at = _handle(data, len(data) - FOOTER)
+    _block(data, *metaindex)  # holds nothing, and is to be whole all the same
     (start, length), _ = _handle(data, at)
     for _, place in _entries(_block(data, start, length)):
         (start, length), _ = _handle(place, 0)
