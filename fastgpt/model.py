@@ -1,14 +1,13 @@
-"""GPTModel and its parts, with the module tree and parameter names of "Build a Large Language Model (From Scratch)".
+"""GPTModel, with the module tree and parameter names of "Build a Large Language Model (From Scratch)".
 
     tok_emb, pos_emb, drop_emb
     trf_blocks.i.att.{W_query, W_key, W_value, out_proj}    trf_blocks.i.ff.layers.{0, 1, 2}    trf_blocks.i.{norm1, norm2}
     final_norm.{scale, shift}    out_head
 
 Same draws from the random generator as upstream (https://github.com/rasbt/LLMs-from-scratch, ch04), same dropout places. The
-hot path goes through fastgpt.ops. A submodule that a user swapped, hooked or parametrized is called as a module; only plain
-ones are fused with their neighbours. Blocks are always called as modules, so that hooks and sharding wrappers fire.
+hot path goes through fastgpt.ops. Blocks are always called as modules, so that hooks and sharding wrappers fire.
 
-Shapes: B batch, T time, C emb_dim, H heads, D head_dim, V vocab_size.
+Shapes: B batch, T time, C emb_dim, V vocab_size.
 """
 
 from __future__ import annotations
@@ -25,167 +24,8 @@ from torch import Tensor, nn
 from fastgpt import decoder, generation, ops, weights
 from fastgpt.cache import KVCache
 from fastgpt.config import ContextLengthError, GPTConfig, TokenIdError
-from fastgpt.decoder import plain as _plain
-
-
-class LayerNorm(nn.Module):
-    """Layer normalization with upstream's names: scale [C], shift [C] or None."""
-
-    def __init__(self, emb_dim: int, eps: float = 1e-5, bias: bool = True) -> None:
-        super().__init__()
-        self.eps = eps
-        self.scale = nn.Parameter(torch.ones(emb_dim))
-        self.shift = nn.Parameter(torch.zeros(emb_dim)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.scale, self.shift, self.eps)
-
-
-class Activation(nn.Module):
-    """gelu_tanh, gelu or relu."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.name == "relu":
-            return torch.relu(x)
-        return ops.gelu(x, "tanh" if self.name == "gelu_tanh" else "none")
-
-    def extra_repr(self) -> str:
-        return self.name
-
-
-class FeedForward(nn.Module):
-    """Linear, activation, Linear; four times as wide inside."""
-
-    def __init__(self, cfg: GPTConfig) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(cfg.emb_dim, cfg.hidden_dim, bias=cfg.bias),
-            Activation(cfg.activation),
-            nn.Linear(cfg.hidden_dim, cfg.emb_dim, bias=cfg.bias),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        layers = self.layers
-        if _plain(layers, nn.Sequential) and len(layers) == 3:
-            first, act, second = layers[0], layers[1], layers[2]
-            if _plain(first, nn.Linear) and _plain(act, Activation) and _plain(second, nn.Linear):
-                return ops.mlp(x, first.weight, first.bias, second.weight, second.bias, act.name)
-        return layers(x)
-
-
-class MultiHeadAttention(nn.Module):
-    """Self-attention over H heads; queries, keys and values come from three Linears, as upstream."""
-
-    def __init__(self, cfg: GPTConfig, layer: int) -> None:
-        super().__init__()
-        self.num_heads, self.head_dim, self.layer, self.causal = cfg.n_heads, cfg.head_dim, layer, cfg.causal
-        self.W_query = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.qkv_bias)
-        self.W_key = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.qkv_bias)
-        self.W_value = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.qkv_bias)
-        self.out_proj = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.bias)
-        self.dropout = nn.Dropout(cfg.drop_rate if cfg.attn_drop_rate is None else cfg.attn_drop_rate)
-
-    def forward(self, x: Tensor, cache: KVCache | None = None, starts: list[int] | None = None) -> Tensor:
-        """x [B, T, C] -> [B, T, C]. With a cache, T positions are appended at each row's `starts` and attend to all before."""
-        q, k, v = self.project(x)
-        if cache is None or starts is None:
-            out = ops.attention(q, k, v, self.causal, dropout_p=self.dropout.p if self.training else 0.0)
-        else:
-            keys, values = cache.write(self.layer, starts, k, v)
-            uniform = len(set(starts)) == 1
-            if uniform and (q.shape[2] > 1 or not x.is_cuda):
-                out = ops.attention(q, keys, values, causal=True)
-            else:
-                out = ops.decode_attention(q, keys, values, cache.device_lengths)
-        B, T, C = x.shape
-        return self.out_proj(out.transpose(1, 2).reshape(B, T, C))
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, C] -> queries, keys, values [B, H, T, D] each, as views of the projections' output."""
-        B, T, _ = x.shape
-        linears = (self.W_query, self.W_key, self.W_value)
-        if x.is_cuda and all(_plain(linear, nn.Linear) for linear in linears):
-            # One GEMM reads x once; the cat of three C x C weights is 0.1% of it at B * T = 16k.
-            weight = torch.cat([linear.weight for linear in linears])
-            bias = None if self.W_query.bias is None else torch.cat([linear.bias for linear in linears])
-            packed = ops.linear(x, weight, bias).view(B, T, 3, self.num_heads, self.head_dim)
-            q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
-            return q, k, v
-        q, k, v = (linear(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2) for linear in linears)
-        return q, k, v
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.pop(prefix + "mask", None)  # upstream's causal mask, a buffer that says nothing
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class TransformerBlock(nn.Module):
-    """Attention and feed-forward, each on a residual branch with dropout; norms before (pre) or after (post) the sum."""
-
-    def __init__(self, cfg: GPTConfig, layer: int) -> None:
-        super().__init__()
-        self.pre_norm = cfg.norm_position == "pre"
-        self.att = MultiHeadAttention(cfg, layer)
-        self.ff = FeedForward(cfg)
-        self.norm1 = LayerNorm(cfg.emb_dim, cfg.norm_eps, cfg.bias)
-        self.norm2 = LayerNorm(cfg.emb_dim, cfg.norm_eps, cfg.bias)
-        self.drop_shortcut = nn.Dropout(cfg.drop_rate)
-
-    def forward(self, x: Tensor, cache: KVCache | None = None, starts: list[int] | None = None) -> Tensor:
-        """x [B, T, C] -> [B, T, C]"""
-        if self.pre_norm:
-            y, x = self._add_norm(self.att(self.norm1(x), cache, starts), x, self.norm2)
-            return self._add(self.ff(y), x)
-        x, _ = self._add_norm(self.att(x, cache, starts), x, self.norm1)
-        x, _ = self._add_norm(self.ff(x), x, self.norm2)
-        return x
-
-    def decoder_weights(self) -> decoder.BlockWeights | None:
-        """The parameters as decoder.decode wants them, if this is a plain pre-norm block."""
-        att, ff, norms = self.att, self.ff, (self.norm1, self.norm2)
-        if not (
-            self.pre_norm
-            and _plain(att, MultiHeadAttention)
-            and _plain(ff, FeedForward)
-            and _plain(ff.layers, nn.Sequential)
-        ):
-            return None
-        if (
-            len(ff.layers) != 3
-            or not _plain(ff.layers[1], Activation)
-            or not all(_plain(norm, LayerNorm) for norm in norms)
-        ):
-            return None
-        up, down = ff.layers[0], ff.layers[2]
-        qkv = (att.W_query, att.W_key, att.W_value)
-        if not all(_plain(linear, nn.Linear) for linear in (*qkv, att.out_proj, up, down)):
-            return None
-        return decoder.BlockWeights(
-            (self.norm1.scale, self.norm1.shift),
-            [(linear.weight.T, linear.bias) for linear in qkv],
-            (att.out_proj.weight.T, att.out_proj.bias),
-            (self.norm2.scale, self.norm2.shift),
-            (cast(Tensor, up.weight).T, cast("Tensor | None", up.bias)),
-            (cast(Tensor, down.weight).T, cast("Tensor | None", down.bias)),
-        )
-
-    def _add_norm(self, branch: Tensor, x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-        """(norm(total), total) with total = x + dropout(branch)."""
-        if _plain(norm, LayerNorm) and _plain(self.drop_shortcut, nn.Dropout):
-            p = self.drop_shortcut.p if self.training else 0.0
-            return ops.add_layer_norm(branch, x, norm.scale, norm.shift, norm.eps, p)
-        total = self._add(branch, x)
-        return norm(total), total
-
-    def _add(self, branch: Tensor, x: Tensor) -> Tensor:
-        """x + dropout(branch)"""
-        if self.training and self.drop_shortcut.p > 0.0 and _plain(self.drop_shortcut, nn.Dropout):
-            return ops.dropout_add(branch, x, self.drop_shortcut.p)
-        return x + self.drop_shortcut(branch)
+from fastgpt.decoder import plain
+from fastgpt.layers import LayerNorm, MultiHeadAttention, TransformerBlock
 
 
 class GPTModel(nn.Module):
@@ -277,7 +117,7 @@ class GPTModel(nn.Module):
     def _embed(self, idx: Tensor, offset: int) -> Tensor:
         """dropout(tokens + positions offset .. offset + T - 1) [B, T, C]"""
         tables, drop = (self.tok_emb, self.pos_emb), self.drop_emb
-        if all(_plain(t, nn.Embedding) and t.padding_idx is t.max_norm is None for t in tables) and _plain(
+        if all(plain(t, nn.Embedding) and t.padding_idx is t.max_norm is None for t in tables) and plain(
             drop, nn.Dropout
         ):
             p = drop.p if self.training else 0.0
@@ -291,7 +131,7 @@ class GPTModel(nn.Module):
             return None
         plan = _plans.get(self)
         if plan is None or not plan.holds():
-            blocks = [b.decoder_weights() if _plain(b, TransformerBlock) else None for b in self.trf_blocks]
+            blocks = [b.decoder_weights() if plain(b, TransformerBlock) else None for b in self.trf_blocks]
             gathered = [block for block in blocks if block is not None]
             if len(gathered) < len(blocks):
                 _plans.pop(self, None)
@@ -308,7 +148,7 @@ class GPTModel(nn.Module):
             raise ValueError(f"targets must have idx's shape {tuple(idx.shape)}, got {tuple(targets.shape)}")
         x, flat = self.hidden_states(idx).flatten(0, 1), targets.flatten().long()
         head = self.out_head
-        if _plain(head, nn.Linear):
+        if plain(head, nn.Linear):
             V = self._tokens(head.weight.shape[0])
             bias = None if head.bias is None else head.bias[:V]
             return ops.linear_cross_entropy(x, head.weight[:V], flat, bias, ignore_index)
