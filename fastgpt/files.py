@@ -29,8 +29,13 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[str], object]) -
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: str | os.PathLike[str]) -> None:
+    """Make renames inside a directory survive a power cut; nothing to do where a directory can't be opened (Windows)."""
     if os.name == "posix":
-        directory = os.open(path.parent, os.O_RDONLY)
+        directory = os.open(path, os.O_RDONLY)
         try:
             os.fsync(directory)
         finally:

@@ -1,96 +1,45 @@
-"""The training loop: AdamW, warmup and cosine, validation, checkpoints that resume exactly.
+"""The training loop: batches, dropout and schedule by the step's number, so that a run is the same however often it was stopped.
 
 A run's directory holds the model as `save_pretrained` writes it with its tokenizer (so `--model DIR` takes it at any time),
-`state.pt` (everything that resuming needs, written in one atomic step), `log.jsonl` and `loss.png`.
+`checkpoints/` (what resuming needs; fastgpt/checkpoint.py), `settings.toml`, `log.jsonl` and `loss.png`.
+
+Before each step torch's generators are seeded from (seed, step, rank): dropout needs no state saved, and differs between ranks.
+Rank r of n takes its own B / n rows of every batch, so n processes train as one does, but for dropout's draws.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recomputed
 
+from fastgpt import checkpoint, lora, progress, weights
+from fastgpt.capture import CapturedStep
 from fastgpt.config import GPTConfig, TokenIdError
-from fastgpt.data import TokenStream
-from fastgpt.files import atomic_write, write_text
+from fastgpt.data import IGNORED, TokenStream
+from fastgpt.distributed import Engine, World, whole
+from fastgpt.files import write_text
 from fastgpt.model import GPTModel
+from fastgpt.optimizer import Updater
+from fastgpt.settings import TrainSettings, differences, to_toml
+from fastgpt.shards import Tokens
 from fastgpt.tokenizer import Tokenizer
 
-STATE = "state.pt"
-LOG = "log.jsonl"
-CURVE = "loss.png"
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How to train. Raises ValueError that names the field, what came and what was expected."""
-
-    max_steps: int = 2000
-    batch_size: int = 8  # rows of `context` tokens a step
-    lr: float = 1e-3  # peak
-    min_lr_ratio: float = 0.1  # the cosine ends at lr times this
-    warmup_steps: int = 100
-    weight_decay: float = 0.1  # of matrices and embeddings; biases and norms have none
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0  # global norm
-    seed: int = 0
-    dtype: str = "float32"  # of the matrix products: float32, or bfloat16 by autocast with fp32 parameters
-    validate_every: int = 200
-    validation_batches: int = 16
-    checkpoint_every: int = 500
-
-    def __post_init__(self) -> None:
-        whole = ("max_steps", "batch_size", "validate_every", "validation_batches", "checkpoint_every")
-        for name in whole:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "grad_clip"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name} must be a number over 0, got {getattr(self, name)}")
-        for name in ("warmup_steps", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            raise ValueError(f"weight_decay must be a number from 0, got {self.weight_decay}")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise ValueError(f"min_lr_ratio must be from 0 to 1, got {self.min_lr_ratio}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be from 0 to less than 1, got {getattr(self, name)}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
-
-    def lr_at(self, step: int) -> float:
-        """Linear warmup, then a cosine from lr to min_lr_ratio * lr at max_steps."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(self.max_steps - self.warmup_steps, 1)
-        floor = self.lr * self.min_lr_ratio
-        return floor + 0.5 * (self.lr - floor) * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+SETTINGS = "settings.toml"
 
 
 class NonFiniteLoss(ValueError):
     """The loss or the gradient became NaN or Inf; the last checkpoint is untouched."""
-
-
-def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """nanoGPT's rule: what has two or more dimensions decays, biases and norms don't."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
 
 
 class Trainer:
@@ -99,10 +48,13 @@ class Trainer:
     Args:
         model: trained in place, on its device.
         tokenizer: saved with the model.
-        data: training batches; batch i belongs to step i.
+        data: training batches of settings.batch_size rows; batch i belongs to step i.
         validation: batches whose mean loss is reported.
         settings: see TrainSettings.
         directory: of the run; made when missing.
+        world: this process among others, each of which makes a Trainer of the same arguments; None for one process.
+
+    Raises ValueError where settings, data, model and machine don't fit, before anything is changed or written.
     """
 
     def __init__(
@@ -113,189 +65,335 @@ class Trainer:
         validation: TokenStream,
         settings: TrainSettings,
         directory: Path,
+        world: World | None = None,
     ) -> None:
+        self.world = world = World(device=model.device) if world is None else world
         self.model, self.tokenizer, self.data, self.validation = model, tokenizer, data, validation
         self.settings, self.directory, self.step = settings, directory, 0
-        for name, stream in (("data", data), ("validation", validation)):
-            # Here, once: on a GPU an id outside the embedding is a device assert that ends the process.
-            if int(stream.tokens.min()) < 0 or int(stream.tokens.max()) >= model.config.vocab_size:
-                raise TokenIdError(
-                    f"{name} has token ids {stream.tokens.min()} to {stream.tokens.max()}, "
-                    f"the model a vocabulary of {model.config.vocab_size}"
-                )
-        self.optimizer = torch.optim.AdamW(
-            optimizer_groups(model, settings.weight_decay),
-            lr=settings.lr,
-            betas=(settings.beta1, settings.beta2),
-            fused=model.device.type in ("cuda", "cpu"),
-        )
-        directory.mkdir(parents=True, exist_ok=True)
-        self.log: list[dict[str, Any]] = []
+        cuda = model.device.type == "cuda"
+        _check_vocabulary(model.config, data, "data")
+        _check_vocabulary(model.config, validation, "validation")
+        if data.batch_size != settings.batch_size:
+            raise ValueError(
+                f"data has batches of {data.batch_size} rows, settings.batch_size is {settings.batch_size}"
+            )
+        if settings.batch_size % (world.size * settings.accumulate):
+            raise ValueError(
+                f"batch_size must be a multiple of processes x accumulate, got {settings.batch_size} rows for "
+                f"{world.size} x {settings.accumulate}"
+            )
+        if settings.cuda_graph and not (cuda and world.size == 1):
+            raise ValueError(f"cuda_graph needs one process on a CUDA device, got {world.size} on {model.device}")
+        wrong = {p.dtype for p in model.parameters()} - {torch.float32}
+        if wrong:
+            raise ValueError(
+                f"parameters must be float32 when training begins, got {wrong}; settings.dtype says what to compute in"
+            )
+        pure = settings.dtype == "pure-bfloat16"
+        if pure and world.size > 1 and settings.parallel == "ddp":
+            raise ValueError("pure-bfloat16 on several processes needs --parallel fsdp, which sums gradients in fp32")
+        self.logbook = progress.Log(directory, settings, directory.name)
+        if settings.recompute:
+            for block in model.trf_blocks:
+                block.forward = _Recomputed(block.forward)
+        if pure and world.size == 1:
+            model.to(torch.bfloat16)
+        self.engine = Engine(model, world, settings.parallel, half=pure)
+        lr = torch.tensor(settings.lr, device=model.device) if settings.cuda_graph else settings.lr
+        betas = (settings.beta1, settings.beta2)
+        self.updater = Updater(model, settings.weight_decay, betas, lr, masters=pure and world.size == 1)
+        self.graph = CapturedStep(self._train_on, model.device) if settings.cuda_graph else None
+        self.log_every = settings.log_every or (10 if cuda else 1)
+        gpu = torch.cuda.get_device_name(model.device) if cuda else None
+        self._peak = progress.peak_flops(settings, gpu)
+        self._pending: list[tuple[int, float, Tensor]] = []
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """Every entry of log.jsonl."""
+        return self.logbook.entries
 
     def resume(self) -> None:
-        """Continue from the directory's state.pt: weights, optimizer, step and random state."""
-        path = self.directory / STATE
-        if not path.is_file():
-            raise FileNotFoundError(f"nothing to resume: {path} isn't there")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # pickle, zip and torch raise their own types for a damaged file
-            raise ValueError(f"{path} is not a whole checkpoint: {error}") from error
-        keys = {"model", "optimizer", "rng", "step", "config", "settings", "data"}
-        if not isinstance(state, dict) or not keys <= set(state):
-            raise ValueError(f"{path} is not a whole checkpoint: it must have {sorted(keys)}")
-        mine = self._identity()
-        changed = [
-            f"{key}: {state[part].get(key)!r} in the checkpoint, {value!r} now"
-            for part in mine
-            for key, value in mine[part].items()
-            if state[part].get(key) != value and key not in ("max_steps", "validate_every", "checkpoint_every")
-        ]
+        """Continue from the directory's newest checkpoint, made by any number of processes."""
+        manifest = checkpoint.read_manifest(self.directory)
+        place = checkpoint.place(self.directory, manifest["step"])
+        changed = differences(manifest["settings"], self.settings)
+        facts = self._facts()
+        for part in ("config", "data"):
+            for key, value in facts[part].items():
+                if manifest[part].get(key) != value:
+                    changed.append(f"{key}: {manifest[part].get(key)!r} in the checkpoint, {value!r} now")
         if changed:
-            raise ValueError(f"{path} was made with other settings:\n  " + "\n  ".join(changed))
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if "cuda_rng" in state and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda_rng"], self.model.device)
-        self.step = state["step"]
-        self.log = []
-        if (self.directory / LOG).is_file():
-            lines = (self.directory / LOG).read_text(encoding="utf-8").splitlines()
-            with contextlib.suppress(json.JSONDecodeError):  # a killed run may leave half a line, always the last
-                for line in lines:
-                    entry = json.loads(line)
-                    if entry["step"] <= self.step:
-                        self.log.append(entry)
+            raise ValueError(f"{place} was made with other settings:\n  " + "\n  ".join(changed))
+        checkpoint.load(self.directory, manifest["step"], self._tensors(), self.world)
+        self.step = manifest["step"]
+        self.logbook.read(self.step)
 
     def run(self, report: Callable[[dict[str, Any]], None] = lambda entry: None) -> int | None:
-        """Train to max_steps; `report` gets every log entry. Returns the signal that stopped it early, or None.
+        """Train to max_steps; on the first rank `report` gets every log entry. Returns the signal that stopped it early, or None.
 
-        SIGINT and SIGTERM end the run after the step in hand, with a whole checkpoint.
+        SIGINT and SIGTERM end the run after the step in hand (after `log_every` steps among several processes), with a whole
+        checkpoint. Raises NonFiniteLoss, and CheckpointError where the disk refuses one.
         """
-        settings, device = self.settings, self.model.device
-        self._write_log()
-        with _stop_on_signals() as stopped, open(self.directory / LOG, "a", encoding="utf-8") as file:
+        settings, first = self.settings, self.world.first
+        if first:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            checkpoint.clear_leftovers(self.directory)
+            write_text(self.directory / SETTINGS, to_toml(settings))
+            self.tokenizer.save(self.directory)  # before any checkpoint: resuming needs it
+            self.logbook.open()
 
-            def note(**entry: Any) -> None:
-                self.log.append(entry)
-                file.write(json.dumps(entry) + "\n")
-                file.flush()
+        def note(**entry: Any) -> None:
+            if first:
+                self.logbook.add(entry)
                 report(entry)
 
-            while self.step < settings.max_steps and not stopped:
-                started = time.perf_counter()
-                loss, norm, lr = self._train_step()
-                if not (math.isfinite(loss) and math.isfinite(norm)):
-                    raise NonFiniteLoss(
-                        f"step {self.step + 1}: loss {loss}, gradient norm {norm}; "
-                        f"the last whole checkpoint is {self._last_checkpoint()}. "
-                        "A lower learning rate or a longer warmup usually helps"
-                    )
-                self.step += 1
-                rate = settings.batch_size * self.data.context / (time.perf_counter() - started)
-                note(step=self.step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(rate, 1))
-                if self.step % settings.validate_every == 0 or self.step == settings.max_steps:
+        with (
+            _stop_on_signals() as stopped,
+            _matmul_precision(settings, self.model.device),
+            contextlib.ExitStack() as end,
+        ):
+            if first:
+                end.callback(self.logbook.close)
+            stop, alone = False, self.world.size == 1
+            self._clock = time.perf_counter()
+            while self.step < settings.max_steps and not stop and not (alone and stopped):
+                self._train_step(bool(stopped))
+                done = self.step == settings.max_steps
+                validate = self.step % settings.validate_every == 0 or done
+                sample = settings.sample_every > 0 and self.step % settings.sample_every == 0
+                save = self.step % settings.checkpoint_every == 0 and not done
+                if validate or sample or save or self.step % self.log_every == 0:
+                    stop = self._read(note)
+                if validate:
                     note(step=self.step, validation_loss=self.validate())
-                if self.step % settings.checkpoint_every == 0 and self.step < settings.max_steps:
+                if sample:
+                    note(step=self.step, sample=self.sample())
+                if save and not stop:
                     self.checkpoint()
+                if validate or sample or save:
+                    self._clock = time.perf_counter()
+            self._read(note)
             self.checkpoint()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return stopped[0] if stopped else None
+        if stopped:
+            return stopped[0]
+        return signal.SIGTERM if stop else None  # another rank got the signal
 
-    def _train_step(self) -> tuple[float, float, float]:
-        lr = self.settings.lr_at(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    def _train_step(self, stopping: bool) -> None:
+        """One update. Loss, norm and whether any rank is stopping stay on the device until `_read`."""
+        settings, step = self.settings, self.step
+        lr = settings.lr_at(step)
+        self.updater.set_lr(lr)
+        _seed(settings.seed, step, self.world.rank)
+        count = settings.batch_size // self.world.size
+        inputs, targets = self.data.rows(step, self.world.rank * count, (self.world.rank + 1) * count)
+        _check_ids(self.model.config, inputs, targets, f"step {step + 1}")
+        shape = (settings.accumulate, count // settings.accumulate, self.data.context)
+        batch = [inputs.view(shape), targets.view(shape), self._shares(targets.view(shape))]
+        if self.model.device.type == "cuda":
+            batch = [part.pin_memory() for part in batch]
+        batch = [part.to(self.model.device, non_blocking=True) for part in batch]
         self.model.train()
-        inputs, targets = (t.to(self.model.device, non_blocking=True) for t in self.data.batch(self.step))
-        with self._autocast():
-            loss = self.model.loss(inputs, targets)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
-        values = loss.item(), norm.item()
-        if all(map(math.isfinite, values)):
-            self.optimizer.step()
-        return *values, lr
+        if self.graph is not None:
+            values = self.graph(batch)
+        else:
+            values = self._gradient(*batch)
+            if self.world.size > 1:
+                total = self.world.sum(torch.stack([values[0], torch.full_like(values[0], float(stopping))]))
+                values = torch.stack([total[0] / self.world.size, values[1], total[1]])
+            if self.log_every == 1:
+                self._check(step, *values[:2].tolist())  # read before the update, the weights are still good
+            self.updater.step()
+        self._pending.append((step, lr, values))
+        self.step += 1
+
+    def _train_on(self, inputs: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
+        values = self._gradient(inputs, targets, shares)
+        self.updater.step()
+        return values
+
+    def _gradient(self, inputs: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
+        """Leaves the clipped gradient of this rank's micro-batches [A, B, T]; returns [loss, norm before clipping]."""
+        self.updater.zero_grad()
+        total = torch.zeros((), device=inputs.device)
+        for index in range(len(inputs)):
+            with self.engine.micro_batch(last=index == len(inputs) - 1):
+                with self._autocast():
+                    loss = self.engine.loss(inputs[index], targets[index]) * shares[index]
+                loss.backward()
+            self.updater.collect()
+            total += loss.detach()
+        return torch.stack([total, self.updater.clip(self.settings.grad_clip)])
+
+    def _shares(self, targets: Tensor) -> Tensor:
+        """What each micro-batch's mean loss counts [A], so that every target of the whole step counts the same.
+
+        The engines average gradients over ranks, hence the factor world.size where targets are counted.
+        """
+        if not self.data.separate:
+            return torch.full((len(targets),), 1.0 / len(targets))
+        counts = (targets != IGNORED).sum(dim=(1, 2)).float()
+        total = self.world.sum(counts.sum().to(self.world.device)).cpu()
+        return counts * self.world.size / total
+
+    def _read(self, note: Callable[..., None]) -> bool:
+        """Log what is pending; whether a rank of several is stopping."""
+        if not self._pending:
+            return False
+        values = torch.stack([reading for _, _, reading in self._pending]).tolist()
+        seconds = (time.perf_counter() - self._clock) / len(values)
+        rate = self.settings.batch_size * self.data.context / seconds
+        speed = {"tokens_per_second": round(rate, 1)}
+        if self._peak:
+            speed["mfu"] = round(rate * progress.flops_per_token(self.model.config) / (self._peak * self.world.size), 4)
+        for (step, lr, _), (loss, norm, *_) in zip(self._pending, values, strict=True):
+            self._check(step, loss, norm)
+            note(step=step + 1, loss=loss, lr=lr, grad_norm=norm, **speed)
+        self._pending = []
+        self._clock = time.perf_counter()
+        return len(values[-1]) > 2 and any(row[2] > 0 for row in values)
+
+    def _check(self, step: int, loss: float, norm: float) -> None:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NonFiniteLoss(
+                f"step {step + 1}: loss {loss}, gradient norm {norm}; "
+                f"the last whole checkpoint is {checkpoint.last(self.directory)}. "
+                "A lower learning rate or a longer warmup usually helps"
+            )
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss in nats over the first validation batches, always the same ones."""
+        """Mean loss in nats over the first validation batches, always the same ones; the ranks share them out."""
         self.model.eval()
-        total = 0.0
-        for i in range(self.settings.validation_batches):
-            inputs, targets = (t.to(self.model.device) for t in self.validation.batch(i))
+        count, world = self.settings.validation_batches, self.world
+        total = torch.zeros(2, dtype=torch.float64, device=self.model.device if world.size > 1 else "cpu")
+        for first in range(0, count, world.size):
+            index = first + world.rank
+            inputs, targets = self.validation.batch(min(index, count - 1))
+            _check_ids(self.model.config, inputs, targets, f"validation batch {index}")
+            targets_counted = int((targets != IGNORED).sum()) if index < count else 0
             with self._autocast():
-                total += self.model.loss(inputs, targets).item()
-        return total / self.settings.validation_batches
+                loss = self.engine.loss(inputs.to(self.model.device), targets.to(self.model.device))
+            total += torch.tensor([loss.item() * targets_counted, targets_counted], dtype=torch.float64).to(
+                total.device
+            )
+        nats, targets_in_all = world.sum(total).tolist()
+        return nats / targets_in_all
+
+    def sample(self) -> str:
+        """A text by the model as it is, always from the same seed; on all ranks, since FSDP needs them all."""
+        prompt = self.tokenizer.encode(self.settings.sample_prompt)
+        if not prompt:
+            prompt = [0 if self.tokenizer.end_of_text is None else self.tokenizer.end_of_text]
+        device = self.model.device
+        generator = torch.Generator(device).manual_seed(self.settings.seed)
+        self.model.eval()
+        with self._autocast():
+            ids = self.model.generate(
+                torch.tensor([prompt], device=device),
+                self.settings.sample_tokens,
+                temperature=0.8,
+                top_k=min(200, self.model.config.vocab_size),
+                generator=generator,
+            )
+        return self.settings.sample_prompt + self.tokenizer.decode(ids[0, len(prompt) :].tolist())
 
     def checkpoint(self) -> None:
-        """Write the model and its tokenizer for use, and state.pt for resuming."""
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "step": self.step,
-            **self._identity(),
-        }
-        if self.model.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state(self.model.device)
-        self.model.save_pretrained(self.directory)
-        self.tokenizer.save(self.directory)
-        atomic_write(self.directory / STATE, lambda path: torch.save(state, path))
+        """Write what resuming needs, then the model and its tokenizer for use."""
+        sharded, keep = self.engine.sharded, self.settings.keep
+        checkpoint.save(self.directory, self.step, self._tensors(), self._facts(), keep, self.world, sharded)
+        self.export()
 
-    def _identity(self) -> dict[str, dict[str, Any]]:
-        """What has to be the same for a run to go on as if it had never stopped."""
-        return {
-            "config": self.model.config.to_dict(),
-            "settings": dataclasses.asdict(self.settings),
-            "data": {"tokens": len(self.data.tokens), "context": self.data.context},
-        }
+    def export(self) -> None:
+        """The model as one safetensors file, adapters merged, with its tokenizer; on all ranks together."""
+        state = lora.merged_state_dict(self.model)
+        state = {name: whole(tensor) for name, tensor in state.items()}
+        error: BaseException | None = None
+        if self.world.first:
+            try:
+                weights.save_pretrained(self.model.config, state, self.directory)
+            except Exception as cause:
+                error = checkpoint.CheckpointError(
+                    f"the model could not be written: {cause}; the last whole checkpoint is {checkpoint.last(self.directory)}"
+                )
+                error.__cause__ = cause
+        self.world.together(error)
 
     def draw_curve(self) -> Path | None:
         """loss.png from the log; None where matplotlib isn't installed."""
-        import importlib.util
+        return progress.draw_curve(self.directory, self.log)
 
-        if importlib.util.find_spec("matplotlib") is None:
-            return None
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        return {f"model.{name}": tensor.detach() for name, tensor in named.items()} | self.updater.tensors()
 
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a token)")
-        for key, style in (
-            ("loss", {"lw": 0.6, "alpha": 0.6}),
-            ("validation_loss", {"lw": 1.6, "marker": "o", "ms": 3}),
-        ):
-            points = [(entry["step"], entry[key]) for entry in self.log if key in entry]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), **style)
-        if axes.lines:
-            axes.legend()
-        axes.grid(alpha=0.3)
-        atomic_write(self.directory / CURVE, lambda path: figure.savefig(path, format="png", dpi=120))
-        return self.directory / CURVE
+    def _facts(self) -> dict[str, Any]:
+        """What has to be the same for a run to go on as if it had never stopped (of the settings, those that aren't free)."""
+        data = {"tokens": len(self.data.tokens), "context": self.data.context, "separate": self.data.separate}
+        config, settings = self.model.config.to_dict(), dataclasses.asdict(self.settings)
+        return {"config": config, "settings": settings, "data": data}
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.settings.dtype == "float32":
+        if self.settings.dtype != "bfloat16":
             return contextlib.nullcontext()
         return torch.autocast(self.model.device.type, dtype=torch.bfloat16)
-
-    def _last_checkpoint(self) -> str:
-        path = self.directory / STATE
-        return str(path) if path.is_file() else "none yet"
-
-    def _write_log(self) -> None:
-        write_text(self.directory / LOG, "".join(json.dumps(entry) + "\n" for entry in self.log))
 
 
 def new_model(config: GPTConfig, seed: int, device: torch.device) -> GPTModel:
     """A model with fresh weights drawn from `seed`."""
     torch.manual_seed(seed)
     return GPTModel(config).to(device)
+
+
+class _Recomputed:
+    """A block's forward that keeps its input alone; the backward pass runs it again with the same dropout.
+
+    In place of the method and not around the module, so that hooks, which FSDP2 is made of, run once.
+    """
+
+    def __init__(self, forward: Callable[..., Tensor]) -> None:
+        self.forward = forward
+
+    def __call__(self, *args: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.forward(*args)
+        return cast(Tensor, recomputed(self.forward, *args, use_reentrant=False))
+
+
+def _seed(seed: int, step: int, rank: int) -> None:
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
+
+
+def _check_vocabulary(config: GPTConfig, stream: TokenStream, name: str) -> None:
+    """What can be known of all ids without reading a file of billions; `_check_ids` looks at each batch."""
+    tokens = stream.tokens
+    if isinstance(tokens, Tokens):
+        low, high = 0, max((shard.vocab_size or 1 for shard in tokens.shards), default=1) - 1
+    elif isinstance(tokens, np.memmap):
+        return
+    else:
+        low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= config.vocab_size:
+        raise TokenIdError(f"{name} has token ids {low} to {high}, the model a vocabulary of {config.vocab_size}")
+
+
+def _check_ids(config: GPTConfig, inputs: Tensor, targets: Tensor, where: str) -> None:
+    # On the CPU, before they are sent: on a GPU an id outside the embedding is a device assert that ends the process.
+    high = max(int(inputs.max()), int(targets.max()))
+    if int(inputs.min()) < 0 or high >= config.vocab_size:
+        raise TokenIdError(f"{where} has token ids up to {high}, the model a vocabulary of {config.vocab_size}")
+
+
+@contextlib.contextmanager
+def _matmul_precision(settings: TrainSettings, device: torch.device) -> Iterator[None]:
+    """The TF32 policy while training on a GPU; a CPU computes fp32 products in fp32."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if settings.tf32 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextlib.contextmanager

@@ -1,157 +1,246 @@
-"""`fastgpt train`: text files to a model in a run's directory."""
+"""`fastgpt train`: text or prepared tokens to a model in a run's directory."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from fastgpt import checkpoint, progress, weights
 from fastgpt.commands.options import device_option, pick_device
 from fastgpt.config import GPTConfig
-from fastgpt.data import TokenStream, encode_documents, expand, read_text, split_validation
+from fastgpt.data import TokenStream, encode_with_starts, expand, read_text, split_validation
+from fastgpt.distributed import World, launched
+from fastgpt.lora import add_lora
 from fastgpt.model import GPTModel
+from fastgpt.settings import RunSettings, add_flags, given, make, read_toml
+from fastgpt.shards import DATASET, Tokens, holds_tokens, open_tokens
 from fastgpt.tokenizer import SymbolTokenizer, Tokenizer, load_tokenizer
-from fastgpt.training import Trainer, TrainSettings, new_model
+from fastgpt.training import SETTINGS, Trainer, new_model
 from fastgpt.weights import BUNDLED
 
-HELP = "Train a model on text files; each file is a document."
+HELP = "Train a model on text files, each a document, or on tokens that `fastgpt prepare`, nanoGPT or llm.c wrote."
+
+Split = tuple[
+    "np.ndarray | Tokens", "np.ndarray | None"
+]  # ids, and where documents begin if rows are to keep them apart
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help="UTF-8 text files, or directories of them")
-    parser.add_argument("--out", type=Path, required=True, help="directory of the run")
-    parser.add_argument("--config", type=Path, help="TOML file with any of these options by name; flags win over it")
     parser.add_argument(
-        "--validation",
+        "files",
         nargs="+",
-        default=[],
         metavar="FILE",
-        help="held-out files; without them the last 2%% of the text",
+        help="UTF-8 text files, or directories of them; or one directory or .bin file of token ids",
     )
+    parser.add_argument("--out", type=Path, required=True, help="directory of the run")
+    parser.add_argument("--config", type=Path, help="TOML file of the settings below; flags win over it")
     parser.add_argument(
-        "--tokenizer", help="gpt2, char, word, bundled, a file or a directory; default: that of --init, else bundled"
+        "--resume", action="store_true", help="continue the run in --out; its settings stand where nothing else is said"
     )
-    parser.add_argument("--init", help="start from this model instead of fresh weights")
-    parser.add_argument("--context", type=int, default=256, help="positions")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--dropout", type=float, default=0.0)
-    for field in dataclasses.fields(TrainSettings):
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"), type=type(field.default), default=field.default, help=" "
-        )
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     device_option(parser)
+    add_flags(parser.add_argument_group("settings"), RunSettings)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    arguments = _with_config_file(arguments)
+    settings = _settings(arguments)
     device = pick_device(arguments.device)
-    settings = TrainSettings(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(TrainSettings)})
-    if (arguments.out / "state.pt").exists() and not arguments.resume:
+    with launched(device) as world:
+        return _run(arguments, settings, world)
+
+
+def _settings(arguments: argparse.Namespace) -> RunSettings:
+    """Defaults < the run to be resumed < --config < flags."""
+    asked = [] if arguments.config is None else [read_toml(arguments.config, RunSettings)]
+    saved = arguments.out / SETTINGS
+    if not arguments.resume and (checkpoint.steps(arguments.out) or (arguments.out / "state.pt").exists()):
         raise ValueError(f"{arguments.out} already holds a run; pass --resume to continue it, or another --out")
-    documents = [read_text(file) for file in expand(arguments.files)]
-    source = arguments.out if arguments.resume else arguments.tokenizer or arguments.init or "bundled"
-    tokenizer = _tokenizer_for_training(source, documents)
-    tokens = encode_documents(tokenizer, documents)
-    if arguments.validation:
-        held_out = encode_documents(tokenizer, [read_text(file) for file in expand(arguments.validation)])
+    resumed = [read_toml(saved, RunSettings)] if arguments.resume and saved.exists() else []
+    return make(RunSettings, *resumed, *asked, given(arguments, RunSettings))
+
+
+def _run(arguments: argparse.Namespace, settings: RunSettings, world: World) -> int:
+    out: Path = arguments.out
+    config = weights.load_pretrained(settings.init)[0] if settings.init else None
+    context = settings.context or (config.context_length if config else 256)
+    if config and context > config.context_length:
+        raise ValueError(f"--context {context} is more than the {config.context_length} positions of {settings.init}")
+    # A run that was killed before its first checkpoint is at its beginning.
+    resume = arguments.resume and (not (out / SETTINGS).exists() or bool(checkpoint.steps(out)))
+    source = str(out) if resume else settings.tokenizer
+    tokenizer, (tokens, starts), (held_out, held_starts) = _data(arguments.files, settings, source, context)
+    model = _model(settings, tokenizer, context, world.device)
+    data = TokenStream(tokens, context, settings.batch_size, settings.seed, starts)
+    validation = TokenStream(held_out, context, min(settings.batch_size, 8), 0, held_starts)
+    trainer = Trainer(model, tokenizer, data, validation, settings, out, world)
+    if resume:
+        trainer.resume()
+    if world.first:
+        print(
+            f"{model.config.num_parameters:,} parameters, {len(tokens):,} training tokens, {len(held_out):,} held out, "
+            f"steps {trainer.step:,} to {settings.max_steps:,} of {settings.batch_size} x {context} tokens on "
+            f"{world.size} x {world.device.type}"
+        )
+    started, first_step = time.perf_counter(), trainer.step
+    stopped = _run_with_progress(trainer)
+    if world.first:
+        _report(trainer, time.perf_counter() - started, trainer.step - first_step)
+    if stopped is None:
+        return 0
+    if world.first:
+        print(
+            f"stopped by {signal.Signals(stopped).name} at step {trainer.step:,}; continue with --resume",
+            file=sys.stderr,
+        )
+    return 0 if stopped == signal.SIGTERM else 128 + stopped
+
+
+def _data(files: list[str], settings: RunSettings, source: str, context: int) -> tuple[Tokenizer, Split, Split]:
+    """(tokenizer, training, validation)"""
+    paths = [Path(file) for file in files]
+    if any(holds_tokens(path) for path in paths):
+        if len(paths) > 1:
+            raise ValueError(f"tokens come from one directory or .bin file, got {len(paths)} paths")
+        return _prepared(paths[0], settings, source, context)
+    documents = [read_text(file) for file in expand(paths)]
+    tokenizer = _tokenizer(source or settings.init or "bundled", documents)
+    tokens, starts = encode_with_starts(tokenizer, documents)
+    if settings.validation:
+        held_out, held_starts = encode_with_starts(tokenizer, map(read_text, expand(settings.validation)))
     else:
-        tokens, held_out = split_validation(tokens, 0.02, 2 * arguments.context + 1)
-    if arguments.init:
-        model = GPTModel.from_pretrained(arguments.init).to(device)
+        tokens, held_out = split_validation(tokens, 0.02, 2 * context + 1)
+        held_starts = np.concatenate(([0], starts[starts > len(tokens)] - len(tokens)))
+        starts = starts[starts < len(tokens)]
+    if not settings.separate_documents:
+        return tokenizer, (tokens, None), (held_out, None)
+    return tokenizer, (tokens, starts), (held_out, held_starts)
+
+
+def _prepared(path: Path, settings: RunSettings, source: str, context: int) -> tuple[Tokenizer, Split, Split]:
+    own = (path / DATASET).is_file()
+    if own and settings.tokenizer:
+        raise ValueError(f"{path} was prepared with its own tokenizer; leave --tokenizer {settings.tokenizer} out")
+    tokenizer = load_tokenizer(path) if own else _tokenizer(source or settings.init or "gpt2", None)
+    tokens: Any = open_tokens(path)
+    if settings.validation:
+        if len(settings.validation) > 1 or not holds_tokens(Path(settings.validation[0])):
+            raise ValueError(f"beside tokens, --validation is one .bin file or directory, got {settings.validation}")
+        held_out: Any = open_tokens(Path(settings.validation[0]))
+    else:
+        held_out = open_tokens(path, "validation")
+    if len(held_out) == 0:
+        if len(tokens.shards) > 1:
+            raise ValueError(f"{path} has several training files and none for validation; name one with --validation")
+        tokens, held_out = split_validation(tokens[0 : len(tokens)], 0.02, 2 * context + 1)
+        whole = open_tokens(path)
+        starts = whole.starts(tokenizer.end_of_text) if settings.separate_documents else None
+        if starts is None:
+            return tokenizer, (tokens, None), (held_out, None)
+        held_starts = np.concatenate(([0], starts[starts > len(tokens)] - len(tokens)))
+        return tokenizer, (tokens, starts[starts < len(tokens)]), (held_out, held_starts)
+    if not settings.separate_documents:
+        return tokenizer, (tokens, None), (held_out, None)
+    end = tokenizer.end_of_text
+    return tokenizer, (tokens, tokens.starts(end)), (held_out, held_out.starts(end))
+
+
+def _model(settings: RunSettings, tokenizer: Tokenizer, context: int, device: torch.device) -> GPTModel:
+    if settings.init:
+        model = _padded(GPTModel.from_pretrained(settings.init), settings.vocab_multiple).to(device)
         if tokenizer.n_vocab > model.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.n_vocab} ids, the model a vocabulary of {model.config.vocab_size}"
             )
-        torch.manual_seed(settings.seed)
     else:
         config = GPTConfig(
             tokenizer.n_vocab,
-            arguments.context,
-            arguments.width,
-            arguments.heads,
-            arguments.layers,
-            arguments.dropout,
+            context,
+            settings.width,
+            settings.heads,
+            settings.layers,
+            settings.dropout,
             qkv_bias=True,
             tie_weights=True,
             init="gpt2",
+            vocab_multiple=settings.vocab_multiple,
         )
         model = new_model(config, settings.seed, device)
-    context = model.config.context_length
-    data = TokenStream(tokens, context, settings.batch_size, settings.seed)
-    validation = TokenStream(held_out, context, min(settings.batch_size, 8), seed=0)
-    trainer = Trainer(model, tokenizer, data, validation, settings, arguments.out)
-    if arguments.resume:
-        trainer.resume()
-    print(
-        f"{model.config.num_parameters:,} parameters, {len(tokens):,} training tokens, {len(held_out):,} held out, "
-        f"steps {trainer.step:,} to {settings.max_steps:,} of {settings.batch_size} x {context} tokens on {device}"
-    )
-    stopped = _run_with_progress(trainer)
-    curve = trainer.draw_curve()
-    print(
-        f"model, tokenizer, log and state in {arguments.out}; loss curve {curve or 'not drawn (pip install matplotlib)'}"
-    )
-    if stopped == signal.SIGINT:
-        print(f"interrupted at step {trainer.step:,}; continue with --resume", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+    if settings.lora_rank:
+        torch.manual_seed(settings.seed)
+        add_lora(model, settings.lora_rank, settings.lora_alpha)
+    return model
+
+
+def _padded(model: GPTModel, multiple: int) -> GPTModel:
+    if multiple == model.config.vocab_multiple:
+        return model
+    other = GPTModel(model.config.replace(vocab_multiple=multiple))
+    places = other.state_dict()
+    for name, tensor in model.state_dict().items():
+        rows = min(len(tensor), len(places[name]))  # those of embedding and head differ
+        places[name].zero_()[:rows] = tensor[:rows]
+    return other
 
 
 def _run_with_progress(trainer: Trainer) -> int | None:
     from tqdm import tqdm
 
-    with tqdm(total=trainer.settings.max_steps, initial=trainer.step, unit="step", dynamic_ncols=True) as bar:
+    settings = trainer.settings
+    with tqdm(
+        total=settings.max_steps,
+        initial=trainer.step,
+        unit="step",
+        dynamic_ncols=True,
+        disable=not trainer.world.first,
+    ) as bar:
 
         def report(entry: dict[str, Any]) -> None:
             if "validation_loss" in entry:
                 bar.write(f"step {entry['step']:>6,}  validation loss {entry['validation_loss']:.4f}")
+            elif "sample" in entry:
+                bar.write(f"step {entry['step']:>6,}  sample: {entry['sample']!r}")
             else:
                 bar.update()
+                mfu = f", MFU {100 * entry['mfu']:.1f}%" if "mfu" in entry else ""
                 bar.set_postfix_str(
-                    f"loss {entry['loss']:.3f}, {entry['tokens_per_second']:,.0f} tokens/s", refresh=False
+                    f"loss {entry['loss']:.3f}, {entry['tokens_per_second']:,.0f} tokens/s{mfu}", refresh=False
                 )
 
         return trainer.run(report)
 
 
-def _tokenizer_for_training(source: str | Path, documents: list[str]) -> Tokenizer:
-    if source in ("char", "word"):
-        return SymbolTokenizer.from_text(str(source), "".join(documents))
-    return load_tokenizer(BUNDLED if source == "bundled" else source)
-
-
-def _with_config_file(arguments: argparse.Namespace) -> argparse.Namespace:
-    """Options of --config, where no flag said otherwise: defaults < file < flags."""
-    if arguments.config is None:
-        return arguments
-    if sys.version_info >= (3, 11):
-        import tomllib
+def _report(trainer: Trainer, seconds: float, steps: int) -> None:
+    """report.json and the same on the terminal."""
+    facts: dict[str, Any] = {
+        **progress.summary(trainer.log),
+        "parameters": trainer.model.config.num_parameters,
+        "steps_of_this_session": steps,
+        "seconds_of_this_session": round(seconds, 1),
+        "processes": trainer.world.size,
+        "torch": torch.__version__,
+    }
+    device = trainer.world.device
+    if "mfu" in facts:
+        facts["mfu_convention"] = progress.MFU_CONVENTION
+    if device.type == "cuda":
+        facts["device"] = torch.cuda.get_device_name(device)
+        facts["peak_memory_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
     else:
-        import tomli as tomllib
-    try:
-        options = tomllib.loads(arguments.config.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"{arguments.config} is not TOML: {error}") from error
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    defaults = parser.parse_args(["x", "--out", "x"])
-    for name, value in options.items():
-        key = name.replace("-", "_")
-        if not hasattr(defaults, key) or key in ("run", "command", "files", "out", "config", "resume"):
-            raise ValueError(f"{arguments.config}: unknown option {name!r}")
-        default = getattr(defaults, key)
-        if isinstance(default, float) and isinstance(value, int):
-            value = float(value)
-        if default is not None and type(value) is not type(default):
-            raise ValueError(f"{arguments.config}: {name} must be {type(default).__name__}, got {value!r}")
-        if getattr(arguments, key) == default:
-            setattr(arguments, key, value)
-    return arguments
+        facts["device"] = device.type
+    curve = trainer.draw_curve() or "not drawn (pip install matplotlib)"
+    print(progress.write_report(trainer.directory, facts))
+    print(f"model, tokenizer, log, report and checkpoints in {trainer.directory}; loss curve {curve}")
+
+
+def _tokenizer(source: str, documents: list[str] | None) -> Tokenizer:
+    if source in ("char", "word"):
+        if documents is None:
+            raise ValueError(f"--tokenizer {source} is learned from text, and the data are tokens already")
+        return SymbolTokenizer.from_text(source, "".join(documents))
+    return load_tokenizer(BUNDLED if source == "bundled" else source)

@@ -1,0 +1,123 @@
+"""AdamW as GPTs are trained with it: nanoGPT's parameter groups, and fp32 copies where the parameters have 16 bits.
+
+The groups are those of https://github.com/karpathy/nanoGPT/blob/master/model.py: what has two or more dimensions decays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """nanoGPT's rule: what has two or more dimensions decays, biases and norms don't."""
+    return _groups([p for p in model.parameters() if p.requires_grad], weight_decay)
+
+
+def configure_optimizers(
+    model: nn.Module, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
+) -> torch.optim.AdamW:
+    """nanoGPT's `configure_optimizers` for any module: AdamW over its groups, fused on "cuda" and "cpu"."""
+    groups = optimizer_groups(model, weight_decay)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
+
+
+class Updater:
+    """The update of a model's parameters, over micro-batches: after each backward `collect`, at the end `clip` and `step`.
+
+    Args:
+        model: those of its parameters that require a gradient are updated.
+        masters: keep an fp32 copy of each parameter, gather gradients in fp32 and round the copy into the parameter after each
+            update. bf16 parameters need it: an update below 1/256 of a weight would be lost.
+        lr: a number, or a tensor on the device where the step is captured in a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weight_decay: float,
+        betas: tuple[float, float],
+        lr: float | Tensor,
+        masters: bool = False,
+    ) -> None:
+        named: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not named:
+            raise ValueError("the model has no parameter that requires a gradient")
+        self.parameters = list(named.values())
+        self.masters = [p.detach().clone().float() for p in self.parameters] if masters else None
+        self.updated = self.parameters if self.masters is None else self.masters
+        device = self.updated[0].device
+        self.optimizer = torch.optim.AdamW(
+            _groups(self.updated, weight_decay),
+            lr=lr,
+            betas=betas,
+            fused=device.type in ("cuda", "cpu"),
+            capturable=isinstance(lr, Tensor),
+        )
+        # Made now and not by the first step, so that a checkpoint has a place to be read into.
+        for p in self.updated:
+            self.optimizer.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+        self._names = list(named)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def collect(self) -> None:
+        """After a backward pass: with masters, move the parameters' gradients into the masters' and free them."""
+        if self.masters is None:
+            return
+        for p, master in zip(self.parameters, self.masters, strict=True):
+            if p.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = p.grad.float()
+            else:
+                master.grad += p.grad
+            p.grad = None
+
+    def clip(self, most: float) -> Tensor:
+        """The gradient's global norm before clipping it to `most` (0: no clipping); over all shards of sharded parameters."""
+        if most > 0:
+            norm = nn.utils.clip_grad_norm_(self.updated, most)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self.updated if p.grad is not None])
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.optimizer.step()
+        if self.masters is not None:
+            torch._foreach_copy_(self.parameters, self.masters)
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        for p in self.parameters:
+            p.grad = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live state by name: "exp_avg.tok_emb.weight", ..., and "master.tok_emb.weight" where there are masters."""
+        found: dict[str, Tensor] = {}
+        for name, p in zip(self._names, self.updated, strict=True):
+            found |= {f"{key}.{name}": value for key, value in self.optimizer.state[p].items()}
+            if self.masters is not None:
+                found[f"master.{name}"] = p
+        return found
+
+
+def _groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    every = list(parameters)
+    return [
+        {"params": [p for p in every if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in every if p.dim() < 2], "weight_decay": 0.0},
+    ]
