@@ -3,7 +3,7 @@
     from_config_json(raw) -> config        also the book's dict of seven keys, and what fastgpt itself adds
     config_json(config) -> raw             GPT-2's where transformers computes the same, else the GPTConfig alone
     book_json(config) -> raw               the book's seven keys and the GPTConfig
-    from_model_args(args) -> config        model_args(config) -> args
+    from_model_args(args) -> config        model_args(config) -> args        said_activation(state_dict) -> name or None
     from_hparams(raw) -> config
 
 CheckpointError names the key, the value received and what was expected.
@@ -140,22 +140,33 @@ def agree(config: GPTConfig, weights: GPTConfig, where: str, names: Iterable[str
         raise CheckpointError(f"{where} and the weights are of different saves: {where} has {'; '.join(differ)}")
 
 
-def from_model_args(args: Any, own: Any = None) -> GPTConfig:
-    """The GPTConfig of nanoGPT's model_args (exact GELU, tied head); `own` is what fastgpt keeps beside them."""
+def from_model_args(args: Any, own: Any = None, activation: str | None = None) -> GPTConfig:
+    """The GPTConfig of nanoGPT's model_args (tied head, exact GELU unless told); `own` is what fastgpt keeps beside them."""
     if not isinstance(args, dict):
         raise CheckpointError(f"model_args must be a dict, got {type(args).__name__}")
-    unknown = [name for name in args if name not in MODEL_ARGS]
+    unknown = [name for name in args if name not in (*MODEL_ARGS, "activation")]
     if unknown:
         raise CheckpointError(f"model_args has unknown keys {unknown[:9]}; known are {sorted(MODEL_ARGS)}")
-    args = {"bias": True, "dropout": 0.0, **args}
+    args = {"bias": True, "dropout": 0.0, "activation": "gelu", **args}
     with complaints("model_args"):
         values = {ours: args[theirs] for theirs, ours in MODEL_ARGS.items()}
-        config = GPTConfig(**values, qkv_bias=args["bias"], activation="gelu", tie_weights=True, init="gpt2")
+        activation = activation or args["activation"]
+        config = GPTConfig(**values, qkv_bias=args["bias"], activation=activation, tie_weights=True, init="gpt2")
     if own is None:
         return config
     exact = own_config(own, "the checkpoint")
     agree(exact, config, 'its "fastgpt"', MODEL_ARGS.values())
     return exact
+
+
+def said_activation(state_dict: Any) -> str | None:
+    """The activation that fastgpt.compat.nanogpt notes in a state dict's metadata, where model_args has no place for it."""
+    metadata = getattr(state_dict, "_metadata", None)
+    for name in ("", "_orig_mod"):  # torch.compile's prefix, which users strip from the names alone
+        entry = metadata.get(name) if isinstance(metadata, dict) else None
+        if isinstance(entry, dict) and isinstance(entry.get("activation"), str):
+            return entry["activation"]
+    return None
 
 
 def model_args(config: GPTConfig) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastgpt import tensorbundle
 from fastgpt.config import GPTConfig
-from fastgpt.dialects import complaints, from_model_args, model_args, own_config
+from fastgpt.dialects import complaints, from_model_args, model_args, own_config, said_activation
 from fastgpt.files import atomic_write, write_text
 from fastgpt.layouts import expected_shapes, to_layout
 from fastgpt.names import LAYOUTS, CheckpointError, dtype_name, names_of, their_shape, unwrapped
@@ -130,7 +130,7 @@ def open_torch(files: Sequence[Path], allow_pickle: bool) -> Iterator[Opened]:
         if key is not None:
             beside = tuple(str(name) for name in loaded if name not in (key, "model_args", "fastgpt"))
             if "model_args" in loaded:
-                config = from_model_args(loaded["model_args"], loaded.get("fastgpt"))
+                config = from_model_args(loaded["model_args"], loaded.get("fastgpt"), said_activation(loaded[key]))
             loaded = loaded[key]
         twice = sorted(str(name) for name in loaded if name in state)
         if twice:

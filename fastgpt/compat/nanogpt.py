@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 import fastgpt.config
-from fastgpt import generation, layouts, model, ops, weights
+from fastgpt import generation, layers, layouts, ops, weights
 from fastgpt.cache import KVCache
 from fastgpt.decoder import plain
+from fastgpt.dialects import said_activation
 from fastgpt.model import GPTModel
 from fastgpt.optimizer import optimizer_groups
 
@@ -352,7 +353,7 @@ class _Uncached(nn.Module):
         return self.gpt(idx)[0]  # without a cache, the position asked for is always the last
 
 
-class _PackedAttention(model.MultiHeadAttention):
+class _PackedAttention(layers.MultiHeadAttention):
     """GPTModel's attention over a c_attn that was swapped (LoRA) or hooked, and so has to be called."""
 
     def __init__(self, c_attn: nn.Module, config: fastgpt.config.GPTConfig, layer: int) -> None:
@@ -365,8 +366,8 @@ class _PackedAttention(model.MultiHeadAttention):
 
 
 def _attention(
-    ours: model.MultiHeadAttention, attn: CausalSelfAttention, config: fastgpt.config.GPTConfig
-) -> model.MultiHeadAttention:
+    ours: layers.MultiHeadAttention, attn: CausalSelfAttention, config: fastgpt.config.GPTConfig
+) -> layers.MultiHeadAttention:
     """`ours` with the parameters of `attn`: the three projections are views of c_attn's rows."""
     packed = attn.c_attn
     if plain(packed, nn.Linear):
@@ -380,7 +381,7 @@ def _attention(
     return ours
 
 
-def _feed_forward(ours: model.FeedForward, mlp: nn.Module, config: fastgpt.config.GPTConfig) -> nn.Module:
+def _feed_forward(ours: layers.FeedForward, mlp: nn.Module, config: fastgpt.config.GPTConfig) -> nn.Module:
     """`ours` with the parts of `mlp`; `mlp` itself where its call or its activation is not the config's."""
     if not plain(mlp, MLP) or not plain(mlp.gelu, nn.GELU) or ACTIVATIONS[mlp.gelu.approximate] != config.activation:
         return mlp
@@ -393,7 +394,7 @@ def _norm(norm: nn.Module) -> Any:
     if not plain(norm, LayerNorm):
         return norm
     with torch.device("meta"):
-        ours = model.LayerNorm(len(norm.weight), bias=norm.bias is not None).eval()
+        ours = layers.LayerNorm(len(norm.weight), bias=norm.bias is not None).eval()
     ours.scale, ours.shift = norm.weight, norm.bias
     return ours
 
@@ -437,11 +438,8 @@ def _take_activation(
     gpt: nn.Module, state_dict: Mapping[str, Any], prefix: str, metadata: dict[str, Any], *_: Any
 ) -> None:
     assert isinstance(gpt, GPT)
-    compiled = getattr(state_dict, "_metadata", {}).get(
-        prefix + "_orig_mod", {}
-    )  # its names' prefix is the user's to strip
-    said = metadata.get("activation", compiled.get("activation"))
-    if said not in (None, _activation(gpt.config)):
+    said = metadata.get("activation") or said_activation(state_dict)
+    if said in APPROXIMATIONS and said != _activation(gpt.config):
         print(f"these weights were trained with activation {said!r}: taking it instead of {_activation(gpt.config)!r}")
         gpt.config.activation = said
         for module in gpt.modules():

@@ -14,7 +14,7 @@ from models import spread
 from nanogpt_oracle import NanoGPT
 from torch import nn
 
-from fastgpt import KVCache, generate, use_backend
+from fastgpt import GPTModel, KVCache, generate, use_backend
 from fastgpt.compat.nanogpt import GPT, MLP, Block, CausalSelfAttention, GPTConfig, LayerNorm
 
 SIZES = {"block_size": 16, "vocab_size": 96, "n_layer": 2, "n_head": 4, "n_embd": 32}
@@ -495,9 +495,11 @@ def test_our_checkpoint_resumes_in_nanogpt(tmp_path):
 def test_a_checkpoint_brings_its_activation(tmp_path, capsys, compiled):
     tanh = GPT(GPTConfig(**SIZES, activation="gelu_tanh"))
     spread(tanh)
-    torch.save(
-        {"model": (torch.compile(tanh, backend="aot_eager") if compiled else tanh).state_dict()}, tmp_path / "ckpt.pt"
-    )
+    trained = torch.compile(tanh, backend="aot_eager") if compiled else tanh
+    checkpoint = {"model": trained.state_dict(), "model_args": {**SIZES, "bias": True, "dropout": 0.0}}
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    core = GPTModel.from_pretrained(tmp_path / "ckpt.pt", allow_pickle=True)
+    assert core.config.activation == "gelu_tanh"
     state_dict = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
     for name in list(state_dict):  # nanoGPT's own loop
         if name.startswith("_orig_mod."):
@@ -508,6 +510,7 @@ def test_a_checkpoint_brings_its_activation(tmp_path, capsys, compiled):
     assert "taking it instead of 'gelu'" in capsys.readouterr().out
     idx = tokens(2, 16)
     assert torch.equal(loaded(idx, idx)[0], tanh(idx, idx)[0])
+    torch.testing.assert_close(core(idx), tanh(idx, idx)[0], rtol=0, atol=2e-5)
     assert torch.equal(loaded.generate(idx, 3, temperature=0.0), tanh.generate(idx, 3, temperature=0.0))
 
 
