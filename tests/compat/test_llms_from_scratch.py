@@ -398,6 +398,8 @@ def test_assign():
     again = book.assign(left, got)
     assert torch.equal(again, got)
     assert again.data_ptr() != got.data_ptr()
+    right[:] = 0.0
+    assert got.any()  # a copy
     with pytest.raises(ValueError, match=r"Shape mismatch. Left: \(2, 3\), Right: \(3, 2\)"):
         book.assign(left, right.T)
 
@@ -786,6 +788,25 @@ def test_cache_entries_may_be_read_reordered_cut_and_restored(kind):
         cache.reset()
         assert cache.get_all() == [None, None]
         torch.testing.assert_close(model(new, cache=cache), upstream(new), rtol=0, atol=ATOL)
+
+
+def test_a_cache_is_as_before_after_a_call_that_failed_half_way():
+    upstream, model = twins()
+
+    def fail(module, args):
+        raise KeyboardInterrupt
+
+    cache = KVCache(2)
+    with torch.no_grad():
+        model(ids(2, 5), cache=cache)
+        hook = model.trf_blocks[1].att.register_forward_pre_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids(2, 3, seed=2), cache=cache)
+        hook.remove()
+        got = model(ids(2, 9)[:, 5:], cache=cache)
+    assert cache.get(0)[0].shape[2] == 9
+    expected = upstream(torch.cat((ids(2, 5), ids(2, 9)[:, 5:]), dim=1))[:, 5:]
+    torch.testing.assert_close(got, expected, rtol=0, atol=ATOL)
 
 
 def test_bad_caches_are_named():

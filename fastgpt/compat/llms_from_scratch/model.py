@@ -158,7 +158,7 @@ class GPTModel(CoreModel):
         entries, config = list(cache.get_all()), self.config
         if len(entries) != config.n_layers:
             raise ValueError(f"the cache has {len(entries)} layers, the model {config.n_layers}")
-        memory, known = _memories.get(cache, (None, []))
+        memory, known = _memories.pop(cache, (None, []))  # the call puts it back, unless it fails half-way
         if memory is not None and all(a is b for a, b in zip(entries, known, strict=True)):
             return memory
         memory = CoreCache(config, B, dtype=generation.activation_dtype(self, self.device), device=self.device)
@@ -166,7 +166,7 @@ class GPTModel(CoreModel):
         if not filled:
             return memory
         shapes = {tuple(tensor.shape) for entry in filled for tensor in entry}
-        S = filled[0][0].shape[2]
+        S = filled[0][0].shape[-2]
         if len(filled) < len(entries) or shapes != {(B, config.n_heads, S, config.head_dim)}:
             raise ValueError(
                 f"every layer of the cache must have keys and values [{B}, {config.n_heads}, S, {config.head_dim}] of one S, "
@@ -190,9 +190,8 @@ class GPTModel(CoreModel):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-GPTModelFast = (
-    GPTModel  # upstream's second model packs queries, keys and values, and draws differently if they have biases
-)
+# Upstream's packs queries, keys and values in one layer, so that with qkv_bias=True a seed gives it other parameters.
+GPTModelFast = GPTModel
 
 # Beside the models and caches, not in them: a copy or a pickle of a model has no cache.
 _own_caches: WeakKeyDictionary[nn.Module, CoreCache] = WeakKeyDictionary()
