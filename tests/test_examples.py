@@ -67,6 +67,15 @@ def test_llms_from_scratch_swap(tmp_path, monkeypatch, capsys):
     assert "times as fast" not in text
 
 
+def test_huggingface_swap(tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    small = ("--batch", "2", "--context", "24", "--new-tokens", "4", "--rounds", "1")
+    text = run("huggingface_swap.py", *small, cwd=tmp_path)
+    assert "same greedy tokens: True" in text
+    rows = [line.split() for line in text.splitlines() if line.startswith(("training step", "generation"))]
+    assert [len([word for word in row if word.endswith("x")]) for row in rows] == [2, 2]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_every_example_has_a_main_and_a_test(path):
     assert "def main() -> None:" in path.read_text(encoding="utf-8")
