@@ -8,6 +8,7 @@ import resource
 import struct
 import sys
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -504,6 +505,40 @@ def test_a_small_pickle_of_large_tensors_allocates_nothing(tmp_path, refused):
     state |= {f"final_norm.{part}": torch.ones(2**14) for part in ("scale", "shift")}
     torch.save(state, tmp_path / "model.pth")
     refused(tmp_path, "the tensors would take 81,606,213,632 bytes", "the file has")
+
+
+class Storage:
+    """Pickled as torch.save pickled storages before its archives: by a number of elements that nothing checks."""
+
+
+class Pickler(pickle.Pickler):
+    def __init__(self, file: Any, count: int) -> None:
+        super().__init__(file, 2)
+        self.count = count
+
+    def persistent_id(self, obj: Any) -> Any:
+        return ("storage", torch.FloatStorage, "0", "cpu", self.count, None) if isinstance(obj, Storage) else None
+
+
+class Claim:
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return torch._utils._rebuild_tensor_v2, (Storage(), 0, (self.count,), (1,), False, OrderedDict())
+
+
+@pytest.mark.parametrize("count", [2**28, 2**31, 2**40])
+def test_an_old_pickle_that_claims_a_terabyte_is_refused(count, tmp_path, refused):
+    from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
+
+    with open(tmp_path / "pytorch_model.bin", "wb") as file:
+        for value in (MAGIC_NUMBER, PROTOCOL_VERSION, {"protocol_version": 1001, "little_endian": True}):
+            pickle.dump(value, file, 2)
+        Pickler(file, count).dump({"tok_emb.weight": Claim(count)})
+        pickle.dump(["0"], file, 2)
+        file.write(struct.pack("<q", count) + bytes(64))
+    refused(tmp_path, "not a whole checkpoint of tensors", "RuntimeError")
 
 
 def test_compressed_archives_are_refused(tmp_path, refused):

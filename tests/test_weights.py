@@ -15,7 +15,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from models import tiny_config, tiny_model
+from models import TINY, tiny_config, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -750,15 +750,131 @@ def test_a_shard_left_out_is_a_list_of_what_is_missing(tmp_path, refused):
     refused(tmp_path, f"in {len(lost)} places", *(f"missing {name} " for name in lost))
 
 
+@pytest.mark.parametrize("changes", [{}, {"tie_weights": True}, {"norm_position": "post"}], ids=str)
+def test_shards_that_we_wrote(changes, tmp_path):
+    ours = sharp(**changes)
+    save_pretrained(ours.config, ours.state_dict(), tmp_path, max_shard_bytes=20_000)
+    shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert shards == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    assert len(shards) > 3
+    contents = [load_file(tmp_path / shard) for shard in shards]
+    sizes = [sum(tensor.nbytes for tensor in content.values()) for content in contents]
+    assert all(size <= 20_000 for size in sizes)
+    assert all(left + right > 20_000 for left, right in zip(sizes, sizes[1:], strict=False))  # none is needless
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert index["weight_map"] == {n: s for s, content in zip(shards, contents, strict=True) for n in content}
+    loaded = GPTModel.from_pretrained(tmp_path)
+    assert loaded.config == ours.config
+    assert same_bits(loaded.state_dict(), ours.state_dict())
+    if "norm_position" not in changes:
+        with torch.no_grad():
+            logits = GPT2LMHeadModel.from_pretrained(tmp_path).eval()(IDS).logits
+        torch.testing.assert_close(logits, ours(IDS), rtol=1e-5, atol=2e-5)
+
+
+def test_a_shard_of_one_large_tensor_and_a_model_that_needs_no_shards(tmp_path):
+    ours = sharp()
+    save_pretrained(ours.config, ours.state_dict(), tmp_path / "one", max_shard_bytes=1)
+    assert len(list((tmp_path / "one").glob("model-*"))) == len(load_file_names(tmp_path / "one"))
+    assert same_bits(GPTModel.from_pretrained(tmp_path / "one").state_dict(), ours.state_dict())
+    save_pretrained(ours.config, ours.state_dict(), tmp_path / "all", max_shard_bytes=10**9)
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {"model.safetensors", "config.json"}
+    with pytest.raises(ValueError, match="max_shard_bytes must be at least 1, got 0"):
+        save_pretrained(ours.config, ours.state_dict(), tmp_path / "none", max_shard_bytes=0)
+    assert not (tmp_path / "none").exists()
+
+
+def load_file_names(directory: Path) -> list[str]:
+    return [name for path in directory.glob("*.safetensors") for name in load_file(path)]
+
+
+def test_saves_over_one_another_leave_nothing_behind(tmp_path):
+    for seed, limit in enumerate([None, 20_000, 50_000, 20_000, None]):
+        ours = sharp(seed=seed)
+        save_pretrained(ours.config, ours.state_dict(), tmp_path, max_shard_bytes=limit)
+        assert same_bits(GPTModel.from_pretrained(tmp_path).state_dict(), ours.state_dict())
+        names = load_file_names(tmp_path)
+        assert len(names) == len(set(names)) == 29
+        assert (tmp_path / "model.safetensors.index.json").exists() == (limit is not None)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path, good, refused):
+    tensors = load_file(good / "model.safetensors")
+    names = sorted(tensors)
+    save_file({name: tensors[name] for name in names[:20]}, tmp_path / "model-1.safetensors")
+    save_file({name: tensors[name] + 1 for name in names[18:]}, tmp_path / "model-2.safetensors")
+    weight_map = {name: f"model-{1 + (i >= 20)}.safetensors" for i, name in enumerate(names)}
+    said = refused(sharded(tmp_path, good, weight_map), "tensors are in two shards")
+    for name in names[18:20]:
+        assert f"{name} is in model-1.safetensors and in model-2.safetensors" in said
+
+
+def test_shards_of_two_saves_are_refused(tmp_path, refused):
+    for seed in (0, 1):
+        ours = sharp(seed=seed)
+        save_pretrained(ours.config, ours.state_dict(), tmp_path / str(seed), max_shard_bytes=40_000)
+    shard = "model-00002-of-00004.safetensors"
+    assert (tmp_path / "0" / shard).is_file()
+    shutil.copy(tmp_path / "1" / shard, tmp_path / "0" / shard)
+    refused(tmp_path / "0", "shards of different saves", shard)
+
+
+@pytest.mark.parametrize("limit", [None, 20_000])
+@pytest.mark.parametrize(
+    "changes",
+    [{"n_heads": 8}, {"activation": "relu"}, {"norm_eps": 0.5}, {"norm_position": "post"}],
+    ids=str,
+)
+def test_a_save_that_was_interrupted_loads_as_the_old_model_or_not_at_all(
+    changes, limit, tmp_path, monkeypatch, refused
+):
+    """The weights are in place, config.json is still the old one, and both have the same shapes."""
+    sharp().save_pretrained(tmp_path)
+    new = sharp(seed=1, **changes)
+
+    def interrupted(path: Any, text: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(weights, "write_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_pretrained(new.config, new.state_dict(), tmp_path, max_shard_bytes=limit)
+    monkeypatch.undo()
+    (name, value), *_ = changes.items()
+    old = getattr(sharp().config, name)
+    refused(tmp_path, "of different saves", f"{name}={old!r}, the weights {value!r}")
+
+
+def test_dropout_may_be_edited_in_config_json(tmp_path):
+    sharp().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["fastgpt"] |= {"drop_rate": 0.25, "attn_drop_rate": 0.5, "vocab_multiple": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = GPTModel.from_pretrained(tmp_path)
+    assert (loaded.config.drop_rate, loaded.config.attn_drop_rate) == (0.25, 0.5)
+    assert torch.equal(loaded(IDS), sharp()(IDS))
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_left_out(prefix, tmp_path, good, good_tensors):
+    tensors, config = read(good)
+    write(tmp_path, {prefix + name: tensor for name, tensor in tensors.items()}, config)
+    assert same_bits(load_pretrained(tmp_path)[1], good_tensors)
+
+
+def test_the_books_own_dict_is_a_config(tmp_path):
+    ours = sharp(norm_eps=1e-5)
+    write(tmp_path, ours.state_dict(), {**TINY, "kv_window_size": 4})
+    assert GPTModel.from_pretrained(tmp_path).config == ours.config
+
+
 # Names
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "./a/b", "~/model", "a/b/c", "/absent/dir", "GPT2"])
 def test_names_of_nothing_are_refused(name, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
-    refused(
-        name, f"no model at {name!r}; expected a directory, a file", "gpt2-xl", error=FileNotFoundError
-    )
+    refused(name, f"no model at {name!r}; expected a directory, a file", "gpt2-xl", error=FileNotFoundError)
 
 
 def test_hub_names_go_to_the_hub(monkeypatch, good, good_tensors):
