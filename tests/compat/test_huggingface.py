@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from compare import assert_as_accurate_as_torch
 from models import spread, tiny_model
 from torch import Tensor, nn
 
@@ -106,8 +107,16 @@ def test_activations(activation):
     same_gradients(theirs, ours)
 
 
-@pytest.mark.parametrize("changes", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}], ids=str)
-def test_attention_scales(changes):
+OPTIONS = (
+    {"scale_attn_by_inverse_layer_idx": True},
+    {"scale_attn_weights": False},
+    {"layer_norm_epsilon": 0.1},
+    {"n_inner": 50},
+)
+
+
+@pytest.mark.parametrize("changes", OPTIONS, ids=str)
+def test_options_of_the_config(changes):
     theirs, ours = pair(**changes)
     x = ids(2, 9)
     close(ours(x).logits, theirs(x).logits)
@@ -196,6 +205,7 @@ CALLS = {
     "token types": lambda x: {"token_type_ids": x % 3},
     "last logits": lambda x: {"logits_to_keep": 1},
     "some logits": lambda x: {"logits_to_keep": torch.tensor([2, 5])},
+    "both ways": lambda x: {"is_causal": False},
     "no cache": lambda x: {"use_cache": False},
     "hidden states": lambda x: {"output_hidden_states": True},
 }
@@ -256,10 +266,23 @@ def test_attention_probabilities(mask):
     assert shapes == [12, 13, 14]
 
 
-def test_another_attention_can_be_chosen():
-    theirs, ours = pair()
+def test_a_config_that_always_asks_for_attentions(tmp_path):
+    model, x = hf_model(), ids(2, 8)
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    expected = model(x)
+    accelerate(model).save_pretrained(tmp_path)
+    close(model(x).attentions[1], expected.attentions[1])
+    assert restore(model).config._attn_implementation == "eager"
+
+
+def test_another_attention_can_be_chosen(monkeypatch):
+    theirs = hf_model()
+    ours, x = accelerate(copy.deepcopy(theirs), return_logits=False), ids(2, 8)
+    # What transformers remembers of its own class; a new process that unpickles ours has nothing to remember.
+    monkeypatch.delattr(transformers.GPT2LMHeadModel, "_can_set_attn_implementation_cached_value", raising=False)
     ours.set_attn_implementation("eager")
-    x = ids(2, 8)
+    assert ours.config._attn_implementation == "eager"
     close(ours(x).logits, theirs(x).logits)
     assert restore(ours).config._attn_implementation == "eager"
 
@@ -298,6 +321,22 @@ def test_on_the_kernels():
     close(got.logits, expected.logits, 1e-5)
     close(got.loss, expected.loss, 1e-5)
     same_gradients(theirs, ours, 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu(dtype):
+    exact, (theirs, ours) = hf_model(**HEAD_64).double().cuda(), (m.to("cuda", dtype) for m in pair(**HEAD_64))
+    x = ids(4, 24).cuda()
+    results = []
+    for model in (exact, theirs, ours):
+        out = step(model, input_ids=x, labels=x)
+        results.append((out.logits, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    for name, truth, a, b in zip(("logits", "gradients"), *results, strict=True):
+        assert_as_accurate_as_torch(b, a, truth, name)
+    if dtype == torch.float32:
+        options = {"max_new_tokens": 8, "pad_token_id": END, "eos_token_id": None}
+        assert ours.eval().generate(x, **options).tolist() == theirs.eval().generate(x, **options).tolist()
 
 
 # generate
@@ -712,6 +751,15 @@ def test_from_hf_shares_every_parameter(tied):
     assert (back.lm_head.weight is back.transformer.wte.weight) == tied
 
 
+def test_a_model_saved_here_and_resized_there(tmp_path):
+    """Its config.json has a GPTConfig with the old vocabulary, which transformers carries along."""
+    tiny_model().save_pretrained(tmp_path)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    theirs.resize_token_embeddings(110, mean_resizing=False)
+    x = ids(2, 9) + 9
+    close(from_hf(theirs)(x), theirs(x).logits)
+
+
 def test_copies_share_nothing():
     theirs = hf_model()
     model = from_hf(theirs, copy=True)
@@ -856,8 +904,14 @@ def test_every_form_of_a_saved_model_loads(tmp_path):
     (tmp_path / "hub").mkdir()
     save_file(bare | masks, tmp_path / "hub" / "model.safetensors")
     (tmp_path / "hub" / "config.json").write_text((tmp_path / "plain" / "config.json").read_text())
-    for name in ("plain", "shards", "hub"):
-        model = GPTModel.from_pretrained(tmp_path / name)
+    (tmp_path / "pickle").mkdir()
+    torch.save(
+        theirs.state_dict() | {f"transformer.{name}": mask for name, mask in masks.items()},
+        tmp_path / "pickle" / "pytorch_model.bin",
+    )
+    (tmp_path / "pickle" / "config.json").write_text((tmp_path / "plain" / "config.json").read_text())
+    for name in ("plain", "shards", "hub", "pickle"):
+        model = GPTModel.from_pretrained(tmp_path / name, allow_pickle=name == "pickle")
         close(model(x), expected)
         model.save_pretrained(tmp_path / "again")
         loaded = accelerate(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again"))

@@ -16,8 +16,9 @@ What an accelerated model runs:
     loss of labels                     ops.cross_entropy on the logits; with return_logits=False ops.linear_cross_entropy
 
 Attention goes through transformers' own registry (`AttentionInterface`) under the name "fastgpt". For the rest, `accelerate`
-gives plain submodules a subclass of the same name from this file, so that PEFT, FSDP's wrapping policies, hooks, gradient
-checkpointing, copies and pickles see what they know. A submodule that somebody wrapped, replaced or hooked is called as a module.
+gives plain submodules a subclass of the same name (modules.py), so that PEFT, FSDP's wrapping policies, hooks, gradient
+checkpointing, torch.compile, copies and pickles see what they know. A submodule that somebody wrapped, replaced or hooked is
+called as a module.
 `set_attn_implementation` goes on working; transformers' `generate_batch`, which has kernels of its own, asks for "sdpa".
 
 Dropout keeps transformers' probabilities and places. On the reference path it draws the same masks from the same generator;

@@ -70,7 +70,10 @@ def accelerate(hf_model: _Model, *, return_logits: bool = True) -> _Model:
         hf_model.loss_function = causal_lm_loss
     swapped = [*hf_model.base_model.modules(), *(() if return_logits else (hf_model,))]
     setattr(hf_model, ATTRIBUTE, config._attn_implementation)
-    hf_model.set_attn_implementation(ATTENTION)
+    if (
+        not config.output_attentions
+    ):  # else every call wants what only eager attention has, and the config insists on it
+        hf_model.set_attn_implementation(ATTENTION)
     hf_model.base_model.register_forward_pre_hook(_before_forward, with_kwargs=True)
     for module in swapped:
         ours = SWAPS.get(type(module))
@@ -110,7 +113,7 @@ def _before_forward(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         raise TypeError(f"transformers' GPT-2 ignores {', '.join(ignored)}, and fastgpt has no such thing")
     config = backbone.config
     _check_positions(dict(zip(_PARAMETERS, args, strict=False)) | kwargs, config.max_position_embeddings)
-    if config._attn_implementation == ATTENTION and kwargs.get("output_attentions", config.output_attentions):
+    if config._attn_implementation == ATTENTION and kwargs.get("output_attentions"):
         kwargs = {**kwargs, WEIGHTS: True}
     return args, kwargs
 
