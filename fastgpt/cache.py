@@ -82,6 +82,13 @@ class KVCache:
         other._set_lengths([self.lengths[row] for row in rows])
         return other
 
+    def take(self, other: KVCache, rows: Sequence[int]) -> None:
+        """Become a copy of some of another cache's rows, as many as this one has."""
+        index = torch.tensor(list(rows), dtype=torch.int64, device=self.keys.device)
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            mine[:, :, :, : other.longest] = theirs[:, :, :, : other.longest].index_select(1, index)
+        self._set_lengths([other.lengths[row] for row in rows])
+
     def start(self, count: int) -> list[int]:
         """Make room for `count` positions in every row; returns where each row's new positions begin.
 

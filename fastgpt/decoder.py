@@ -1,21 +1,31 @@
 """One token at a time, fast: a block's work as a handful of calls, without calling its modules.
 
 On a CPU a token of GPT-2 124M in fp32 reads 498 MB of weights, and that is the floor; calling some 150 modules adds a fifth to
-it. Here a block is a dozen torch calls: the reference's arithmetic in the reference's order, on the parameters themselves, so
-that nothing is copied and nothing can go stale.
+it. `decode` makes a block a dozen torch calls: the reference's arithmetic in the reference's order.
 
-What it runs from is a Plan, made by `GPTModel`, which also says when it applies: plain pre-norm blocks in eval mode, no
-gradients, a KV cache, one new token a row, on a CPU. Everything else takes the modules.
+On a GPU the floor of the same token in bf16 is some 90 us, a fraction of the time that it takes to launch its kernels one by
+one. An `Engine` owns static buffers and a KV cache and captures the whole token in a CUDA graph once: up to 8 rows as the
+fused kernels of fastgpt_kernels.decode_token, more rows as GEMMs and attention. Its kernels read positions on the device, so
+that one graph serves every length that the cache holds.
+
+Both run from a Plan, made by `GPTModel`, which also says when it applies: plain pre-norm blocks in eval mode, no gradients, a
+KV cache, one new token a row. Everything else takes the modules. The weights are the parameters' own memory: nothing is
+packed, so that a change in place is seen, and a replaced parameter is noticed.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeGuard, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeGuard, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgpt import ops
 from fastgpt.cache import KVCache
+from fastgpt.config import GPTConfig
 from fastgpt.reference import activate, decode_attention
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -32,6 +42,15 @@ class BlockWeights(NamedTuple):
     down: tuple[Tensor, Tensor | None]
 
 
+class TokenWeights(NamedTuple):
+    """What a token reads besides the blocks: tables [V, C] and [P, C], final norm, head [V, C] with its bias or None."""
+
+    tokens: Tensor
+    positions: Tensor
+    norm: tuple[Tensor, Tensor | None]
+    head: tuple[Tensor, Tensor | None]
+
+
 def plain(module: nn.Module, kind: type[_M]) -> TypeGuard[_M]:
     """Exactly a `kind`, with nothing that calling it would run besides its own forward."""
     return type(module) is kind and not (
@@ -46,10 +65,10 @@ class Plan:
     in a tenth of that. Values may change in place at any time: the weights are the parameters' own memory.
     """
 
-    def __init__(self, root: nn.Module, blocks: list[BlockWeights]) -> None:
-        self.blocks = blocks
+    def __init__(self, root: nn.Module, blocks: list[BlockWeights], token: TokenWeights | None = None) -> None:
+        self.blocks, self.token = blocks, token
         modules = list(root.modules())
-        self._modules = [(module, type(module)) for module in modules]
+        self._modules = [(module, type(module)) for module in modules if plain(module, type(module))]
         self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
         self._parameters = [
             (m._parameters, name, p, p.data_ptr())
@@ -78,7 +97,7 @@ def decode(
         q, k, v = (_affine(y, *pair).view(B, n_heads, 1, C // n_heads) for pair in block.qkv)
         keys, values = cache.write(layer, starts, k, v)
         if uniform:
-            out = torch.nn.functional.scaled_dot_product_attention(q, keys, values)
+            out = F.scaled_dot_product_attention(q, keys, values)
         else:
             out = decode_attention(q, keys, values, cache.device_lengths)
         x = _affine(out.reshape(B, C), *block.out).add_(x)
@@ -89,3 +108,174 @@ def decode(
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x @ weight if bias is None else torch.addmm(bias, x, weight)
+
+
+# Programmatic dependent launch: each kernel starts while the one before runs out. Off until measured on a named GPU.
+DEPENDENT_LAUNCH = False
+
+# Positions of a cache come in multiples of this, so that calls of nearby lengths share an engine and its graph.
+CAPACITY_STEP = 256
+
+
+class Engine:
+    """One new token a row for the rows of its own KV cache; one caller has it at a time, from `acquire` to `release`.
+
+    Fill `cache` (a prefill by the model), call `begin`, then `step` for each token.
+
+    Args:
+        config: of the model.
+        plan: its weights, contiguous and of one dtype.
+        batch_size: rows.
+        capacity: positions of the cache.
+    """
+
+    def __init__(self, config: GPTConfig, plan: Plan, batch_size: int, capacity: int) -> None:
+        assert plan.token is not None
+        self.config, self.plan = config, plan
+        self.pool: list[Engine] = []  # of free ones
+        table = plan.token.tokens
+        self.device, dtype = table.device, table.dtype
+        self.cache = KVCache(config, batch_size, capacity, dtype, self.device)
+        self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+        self.positions = torch.zeros(batch_size, dtype=torch.int32, device=self.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._kernels: Any = None
+        kernels = ops.token_kernels(self.device, dtype)
+        if not isinstance(kernels, str) and batch_size <= kernels.MAX_BATCH and config.hidden_dim <= kernels.MAX_WIDTH:
+            self._kernels, V = kernels, config.vocab_size
+            layers = tuple(kernels.LayerWeights(*_flat(block)) for block in plan.blocks)
+            tables, norm, (head, bias) = plan.token[:2], plan.token.norm, plan.token.head
+            self._weights = kernels.TokenWeights(*tables, layers, *norm, head, bias)
+            self._buffers = kernels.token_buffers(self._weights, batch_size, config.n_heads, capacity, V)
+        self.logits = self._buffers.logits if self._kernels else table.new_empty(batch_size, config.vocab_size)
+
+    def begin(self) -> None:
+        """Take over from the cache as it stands now."""
+        self.positions.copy_(self.cache.device_lengths)
+        self.cache.device_lengths = self.positions  # which every step moves on by one
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits [B, V] after one more token a row, int64 [B]. The next step overwrites them."""
+        if self.cache.longest >= self.cache.max_length:
+            raise ValueError(f"the KV cache of {self.cache.max_length} positions is full")
+        self.tokens.copy_(tokens)
+        if self.device.type == "cuda":
+            if self._graph is None:
+                self._capture()
+            assert self._graph is not None
+            self._graph.replay()
+        else:
+            self._token()
+        self.cache.lengths = [length + 1 for length in self.cache.lengths]
+        self.cache.longest += 1
+        return self.logits
+
+    def release(self) -> None:
+        """Give it back for the next call of the same size."""
+        self.pool.append(self)
+
+    def _capture(self) -> None:
+        # Compiled and warm before the capture, on another stream as torch asks; what that run writes the first replay overwrites.
+        before, stream = self.positions.clone(), torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self._token()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self.positions.copy_(before)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._token()
+
+    def _token(self) -> None:
+        cache, config = self.cache, self.config
+        if self._kernels is None:
+            self.logits.copy_(self._batched())
+            self.positions.add_(1)
+        else:
+            self._kernels.decode_token(
+                self.tokens, self.positions, self._weights, cache.keys, cache.values, self._buffers,
+                config.activation, config.norm_eps, DEPENDENT_LAUNCH,
+            )  # fmt: skip
+
+    def _batched(self) -> Tensor:
+        """A token as GEMMs, which many rows keep busy; positions and lengths stay on the device."""
+        cache, eps, token = self.cache, self.config.norm_eps, self.plan.token
+        assert token is not None
+        B, H = self.tokens.shape[0], self.config.n_heads
+        rows, at, lengths = torch.arange(B, device=self.device), self.positions.long(), self.positions + 1
+        x = token.tokens[self.tokens.clamp(min=0)] + token.positions[at]
+        for i, block in enumerate(self.plan.blocks):
+            y = ops.layer_norm(x, *block.norm1, eps)
+            q, k, v = (_affine(y, *pair).view(B, H, 1, -1) for pair in block.qkv)
+            cache.keys[i, rows, :, at], cache.values[i, rows, :, at] = k[:, :, 0], v[:, :, 0]
+            out = ops.decode_attention(q, cache.keys[i], cache.values[i], lengths)
+            y, x = ops.add_layer_norm(_affine(out.reshape(B, -1), *block.out), x, *block.norm2, eps)
+            up, down = block.up, block.down
+            x = x + ops.mlp(y, up[0].T, up[1], down[0].T, down[1], self.config.activation)
+        y = ops.layer_norm(x, *token.norm, eps)
+        return F.linear(y, *token.head)[:, : self.config.vocab_size]
+
+
+def _flat(block: BlockWeights) -> list[Tensor | None]:
+    """In the order of fastgpt_kernels.decode_token.LayerWeights, matrices as [out, in]."""
+    matrices = [*block.qkv, block.out, block.up, block.down]
+    flat = [t for weight, bias in matrices for t in (weight.T, bias)]
+    return [*block.norm1, *flat[:8], *block.norm2, *flat[8:]]
+
+
+# Engines beside the models, not in them: a copy or a pickle of a model has none.
+_engines: WeakKeyDictionary[nn.Module, list[Engine]] = WeakKeyDictionary()
+
+
+def acquire(model: nn.Module, config: GPTConfig, plan: Plan, batch_size: int, positions: int) -> Engine:
+    """An engine with room for `positions` in each of `batch_size` rows, for the caller alone until `release`.
+
+    Raises ValueError where the GPU's free memory doesn't hold the cache, saying what would fit.
+    """
+    capacity = min(-(-positions // CAPACITY_STEP) * CAPACITY_STEP, config.context_length)
+    free = _engines.setdefault(model, [])
+    free[:] = [engine for engine in free if engine.plan is plan]  # others hold weights that were replaced
+    for engine in free:
+        if engine.cache.batch_size == batch_size and engine.cache.max_length >= capacity:
+            free.remove(engine)
+            engine.cache.reset()
+            return engine
+    assert plan.token is not None
+    if plan.token.tokens.device.type == "cuda":
+        _check_memory(config, plan.token.tokens, batch_size, capacity, free)
+    engine = Engine(config, plan, batch_size, capacity)
+    engine.pool = free
+    return engine
+
+
+def _check_memory(config: GPTConfig, like: Tensor, batch_size: int, capacity: int, free: list[Engine]) -> None:
+    row = 2 * config.n_layers * config.emb_dim * capacity * like.element_size()
+    device = like.device
+    for _ in range(2):
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        available = torch.cuda.mem_get_info(device)[0] + unused
+        if batch_size * row <= available:
+            return
+        free.clear()  # engines of other sizes make room
+    raise ValueError(
+        f"a KV cache of {batch_size} rows of {capacity} positions takes {batch_size * row / 1e9:.2f} GB, and {device} has "
+        f"{available / 1e9:.2f} GB free: {int(available // row)} rows fit; use smaller batches or fewer new tokens"
+    )
+
+
+def obstacle(plan: Plan) -> str | None:
+    """Why no engine can run from this plan, or None."""
+    if plan.token is None:
+        return "the embeddings, the final norm or the head are not the model's own plain modules"
+    tensors = [t for block in plan.blocks for t in _flat(block) if t is not None]
+    tensors += [plan.token.tokens, plan.token.positions, *_some(plan.token.norm), *_some(plan.token.head)]
+    dtypes, devices = {t.dtype for t in tensors}, {t.device for t in tensors}
+    if len(dtypes) > 1 or len(devices) > 1:
+        return f"the parameters are not of one dtype and device: {sorted(map(str, dtypes | devices))}"
+    if not all(t.is_contiguous() for t in tensors):
+        return "a parameter is not contiguous"
+    return None
+
+
+def _some(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [t for t in tensors if t is not None]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastgpt.cache import KVCache
 from fastgpt.config import ContextLengthError, GPTConfig, TokenIdError
+from fastgpt.decoder import Engine
 from fastgpt.sampling import INVALID, SamplingParams, sample
 
 Prompts: TypeAlias = Sequence[Sequence[int] | Tensor] | Tensor
@@ -28,8 +29,13 @@ OVERFLOWS = ("crop", "stop", "error")
 PREFILL_CHUNK = 1024
 
 
+# Tokens that an engine makes between two looks of the host at them: a look waits for the GPU, 20 us beside a token's 100 or more.
+# A row that stops meanwhile has made up to 15 for nothing.
+LOOK_EVERY = 16
+
+
 class LanguageModel(Protocol):
-    """What generation needs of a model."""
+    """What generation needs of a model. `decode_engine(batch_size, positions)`, where there is one, gives an engine, or why not."""
 
     config: GPTConfig
     training: bool
@@ -118,7 +124,7 @@ def generate(
         logprobs,
     )
     request.check()
-    return _run(request) if stream else _collect(request)
+    return _run(request, look_always=True) if stream else _collect(request)
 
 
 def generate_tensor(model: LanguageModel, idx: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
@@ -212,6 +218,7 @@ class _Batch:
         self.capacity = min(self.context, max(map(len, self.rows)) + request.max_new_tokens)
         self.cache: KVCache | None = None
         self.cached: list[int] = []  # rows in the cache, in its order
+        self.engine: Engine | None = None  # owns the cache, where the model has one
 
     def logits(self, active: list[int]) -> Tensor:
         """Next-token logits [B, V] of the active rows; other rows are zeros, so that the draw's shape never changes."""
@@ -232,17 +239,86 @@ class _Batch:
 
     def _cached(self, rows: list[int]) -> list[tuple[list[int], Tensor]]:
         if not rows:
-            self.cache, self.cached = None, []
+            self.close()
             return []
         if self.cache is None:
-            self.cache = KVCache(self.model.config, len(rows), self.capacity, self.dtype, self.device)
-            self.cached = rows
-            return [(rows, prefill(self.model, self.cache, [self.rows[row] for row in rows]))]
+            self.cache, self.cached = self._open(len(rows)), rows
+            logits = prefill(self.model, self.cache, [self.rows[row] for row in rows])
+            if self.engine is not None:
+                self.engine.begin()
+            return [(rows, logits)]
+        if self.engine is not None and not self.engine.plan.holds():  # a paused stream's caller replaced a parameter
+            self.engine = None
         if rows != self.cached:
-            self.cache = self.cache.select([self.cached.index(row) for row in rows])
-            self.cached = rows
-        newest = torch.tensor([[self.rows[row][-1]] for row in rows], device=self.device)
-        return [(rows, self.model(newest, cache=self.cache)[:, 0])]
+            self._keep(rows)
+        newest = torch.tensor([self.rows[row][-1] for row in rows], device=self.device)
+        if self.engine is not None:
+            return [(rows, self.engine.step(newest))]
+        return [(rows, self.model(newest[:, None], cache=self.cache)[:, 0])]
+
+    def steps_ahead(self, active: list[int], most: int) -> int:
+        """How many tokens the active rows can get before a host has to look at them."""
+        if self.engine is None or active != self.cached:
+            return 1
+        return max(min(most, self.context + 1 - max(len(self.rows[row]) for row in active)), 1)
+
+    def ahead(self, chosen: Tensor) -> Tensor:
+        """`logits` again, after tokens [B] that are on the device still and that no row has got yet."""
+        assert self.engine is not None
+        if len(self.cached) == len(self.rows):
+            return self.engine.step(chosen)
+        at = torch.tensor(self.cached, device=self.device)
+        out = torch.zeros(len(self.rows), self.model.config.vocab_size, device=self.device)
+        out[at] = self.engine.step(chosen[at]).float()
+        return out
+
+    def _open(self, rows: int) -> KVCache:
+        """A cache for `rows` rows: an engine's, or one of its own."""
+        find = getattr(self.model, "decode_engine", None)
+        engine = "this model has none" if find is None else find(rows, self.capacity)
+        if isinstance(engine, str):
+            self.engine = None
+            return KVCache(self.model.config, rows, self.capacity, self.dtype, self.device)
+        self.engine = engine
+        return engine.cache
+
+    def _keep(self, rows: list[int]) -> None:
+        """Finished rows leave the batch."""
+        assert self.cache is not None
+        kept, old, engine = [self.cached.index(row) for row in rows], self.cache, self.engine
+        if engine is None:
+            self.cache = old.select(kept)
+        else:
+            self.cache = self._open(len(rows))
+            self.cache.take(old, kept)
+            if self.engine is not None:
+                self.engine.begin()
+            engine.release()
+        self.cached = rows
+
+    def append(self, active: list[int], new: list[int], count: int, request: _Request) -> list[str | None]:
+        """Give each active row its count-th token; returns why rows end with it."""
+        reasons: list[str | None] = [None] * len(self.rows)
+        for row in active:
+            if new[row] == INVALID:
+                raise ValueError(
+                    f"the logits of row {row} are NaN or Inf after {len(self.rows[row])} tokens; "
+                    "the weights are broken, or the dtype overflows"
+                )
+            self.rows[row].append(new[row])
+            if new[row] in request.stop_tokens:
+                reasons[row] = "stop"
+            elif count == request.max_new_tokens:
+                reasons[row] = "length"
+            elif request.overflow == "stop" and len(self.rows[row]) >= self.context:
+                reasons[row] = "context"
+        return reasons
+
+    def close(self) -> None:
+        """Give the engine back."""
+        if self.engine is not None:
+            self.engine.release()
+        self.cache, self.cached, self.engine = None, [], None
 
     def _uncached(self, rows: list[int]) -> list[tuple[list[int], Tensor]]:
         """One forward per distinct length over the last `context` tokens of each row."""
@@ -275,7 +351,7 @@ def _collect(request: _Request) -> list[Completion]:
     ]
 
 
-def _run(request: _Request) -> Iterator[Step]:
+def _run(request: _Request, look_always: bool = False) -> Iterator[Step]:
     model, params = request.model, request.params
     if not request.prompts or request.max_new_tokens == 0:
         return
@@ -296,39 +372,40 @@ def _run(request: _Request) -> Iterator[Step]:
         seen = torch.zeros(B, V, dtype=torch.bool, device=batch.device)
         for row, prompt in enumerate(batch.rows):
             seen[row, torch.tensor(prompt, device=batch.device)] = True
-    for count in range(1, request.max_new_tokens + 1):
-        if not active:
-            return
-        with evaluating(model), torch.no_grad():
-            logits = batch.logits(active)
-            chosen = sample(logits, params, seen, request.generator)
-            if seen is not None:
-                seen.scatter_(1, chosen.clamp(min=0)[:, None], True)
-            scores = None
-            if request.logprobs:
-                picked = torch.log_softmax(logits.float(), dim=-1).gather(1, chosen.clamp(min=0)[:, None])[:, 0]
-                scores = picked.tolist()
-            new = chosen.tolist()
-        reasons: list[str | None] = [None] * B
-        for row in active:
-            if new[row] == INVALID:
-                raise ValueError(
-                    f"the logits of row {row} are NaN or Inf after {len(batch.rows[row])} tokens; "
-                    "the weights are broken, or the dtype overflows"
+    # A draw behind the end of a row would leave the generator further on than a loop that looks at every token.
+    most = 1 if look_always or (request.stop_tokens and params.temperature > 0.0) else LOOK_EVERY
+    count = 0
+    try:
+        while active and count < request.max_new_tokens:
+            drawn: list[Tensor] = []
+            scores: list[Tensor] = []
+            with evaluating(model), torch.no_grad():
+                logits = batch.logits(active)
+                for _ in range(batch.steps_ahead(active, min(most, request.max_new_tokens - count))):
+                    if drawn:
+                        logits = batch.ahead(drawn[-1])
+                    chosen = sample(logits, params, seen, request.generator)
+                    if seen is not None:
+                        seen.scatter_(1, chosen.clamp(min=0)[:, None], True)
+                    if request.logprobs:
+                        all_scores = torch.log_softmax(logits.float(), dim=-1)
+                        scores.append(all_scores.gather(1, chosen.clamp(min=0)[:, None])[:, 0])
+                    drawn.append(chosen)
+                tokens = torch.stack(drawn).tolist()
+                logprobs = torch.stack(scores).tolist() if scores else [None] * len(tokens)
+            for new, picked in zip(tokens, logprobs, strict=True):
+                count += 1
+                reasons = batch.append(active, new, count, request)
+                yield Step(
+                    [new[row] if row in active else None for row in range(B)],
+                    reasons,
+                    None if picked is None else [picked[row] if row in active else None for row in range(B)],
                 )
-            batch.rows[row].append(new[row])
-            if new[row] in request.stop_tokens:
-                reasons[row] = "stop"
-            elif count == request.max_new_tokens:
-                reasons[row] = "length"
-            elif request.overflow == "stop" and len(batch.rows[row]) >= batch.context:
-                reasons[row] = "context"
-        yield Step(
-            [new[row] if row in active else None for row in range(B)],
-            reasons,
-            None if scores is None else [scores[row] if row in active else None for row in range(B)],
-        )
-        active = [row for row in active if reasons[row] is None]
+                active = [row for row in active if reasons[row] is None]
+                if not active:
+                    return
+    finally:
+        batch.close()
 
 
 @contextlib.contextmanager

@@ -104,7 +104,8 @@ class GPTModel(nn.Module):
         else:
             positions = torch.tensor(starts, device=idx.device)[:, None] + torch.arange(T, device=idx.device)
             x = self.drop_emb(self.tok_emb(idx) + self.pos_emb(positions))
-        if T == 1 and (plan := self._decoder_plan()) is not None:
+        on_cpu = self.device.type == "cpu" and ops.current_backend() != "triton"
+        if T == 1 and on_cpu and isinstance(plan := self._decoder_plan(), decoder.Plan):
             config = self.config
             x = decoder.decode(x[:, 0], plan, cache, starts, config.n_heads, config.activation, config.norm_eps)[
                 :, None
@@ -125,19 +126,52 @@ class GPTModel(nn.Module):
         positions = torch.arange(offset, offset + idx.shape[1], device=idx.device)
         return drop(self.tok_emb(idx) + self.pos_emb(positions))
 
-    def _decoder_plan(self) -> decoder.Plan | None:
-        """What decoder.decode runs from, or None where it doesn't apply."""
-        if self.training or torch.is_grad_enabled() or self.device.type != "cpu" or ops.current_backend() == "triton":
-            return None
+    def _decoder_plan(self) -> decoder.Plan | str:
+        """What fastgpt.decoder runs from, or why it doesn't apply."""
+        if self.training or torch.is_grad_enabled():
+            return "the model is in training mode, or gradients are wanted"
         plan = _plans.get(self)
         if plan is None or not plan.holds():
+            _plans.pop(self, None)
             blocks = [b.decoder_weights() if plain(b, TransformerBlock) else None for b in self.trf_blocks]
             gathered = [block for block in blocks if block is not None]
             if len(gathered) < len(blocks):
-                _plans.pop(self, None)
-                return None
-            plan = _plans[self] = decoder.Plan(self.trf_blocks, gathered)
+                return f"block {blocks.index(None)} is post-norm, or a part of it was swapped or has hooks"
+            plan = _plans[self] = decoder.Plan(self, gathered, self._token_weights())
         return plan
+
+    def _token_weights(self) -> decoder.TokenWeights | None:
+        tables, norm, head = (self.tok_emb, self.pos_emb), self.final_norm, self.out_head
+        if not all(plain(t, nn.Embedding) and t.padding_idx is t.max_norm is None for t in tables):
+            return None
+        if not (
+            plain(norm, LayerNorm) and plain(head, nn.Linear) and head.out_features == self.config.padded_vocab_size
+        ):
+            return None
+        return decoder.TokenWeights(
+            self.tok_emb.weight, self.pos_emb.weight, (norm.scale, norm.shift), (head.weight, head.bias)
+        )
+
+    def _calls_core(self) -> bool:
+        """Whether `self(idx, cache=cache)` is what this class makes it."""
+        return type(self).forward is GPTModel.forward
+
+    def decode_engine(self, batch_size: int, positions: int) -> decoder.Engine | str:
+        """The engine for one new token a row of `batch_size` rows, up to `positions` each; or why the modules are called instead.
+
+        It is the caller's alone until its `release`.
+        """
+        if self._forward_hooks or self._forward_pre_hooks or not self._calls_core():
+            return "the model's forward has hooks, or a subclass has its own"
+        if self.device.type != "cuda" and ops.current_backend() != "triton":
+            return f"the model is on {self.device.type}"
+        if torch.is_autocast_enabled(self.device.type):
+            return "autocast is on"
+        plan = self._decoder_plan()
+        if isinstance(plan, str):
+            return plan
+        why = decoder.obstacle(plan)
+        return decoder.acquire(self, self.config, plan, batch_size, positions) if why is None else why
 
     def loss(self, idx: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
         """Mean cross-entropy in nats of the logits at each position with `targets` int64 [B, T]; a scalar in fp32.

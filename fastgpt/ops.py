@@ -115,6 +115,19 @@ def _module(op: str, x: Tensor) -> ModuleType:
     return fastgpt_kernels
 
 
+def token_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | str:
+    """`fastgpt_kernels.decode_token`, a whole token in fused kernels; or why it can't run on tensors of this device and dtype.
+
+    It has no counterpart in the reference: where it doesn't run, the modules do.
+    """
+    choice, why = explain("decode_token", device, dtype)
+    if choice == "reference":
+        return why
+    from fastgpt_kernels import decode_token
+
+    return decode_token
+
+
 def embedding(
     idx: Tensor,
     tok_weight: Tensor,

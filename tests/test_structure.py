@@ -40,7 +40,7 @@ RANK = {
     "ops": 3,
     "formats": 3,
     "decoder": 4,
-    "generation": 4,
+    "generation": 5,
     "weights": 4,
     "layers": 5,
     "model": 6,

@@ -60,6 +60,9 @@ KINDS: dict[str, Kind] = {
     "_attention_statistics_kernel": STREAM,
     "_decode_split_kernel": STREAM,
     "_decode_combine_kernel": STREAM,
+    "_token_qkv_kernel": STREAM,
+    "_token_attend_kernel": STREAM,
+    "_token_matrix_kernel": STREAM,
     "_embedding_fwd_kernel": STREAM,
     "_embedding_bwd_kernel": STREAM,
     "_cross_entropy_kernel": STREAM,
@@ -262,6 +265,29 @@ def decode_attention_cases(scope: Scope) -> Iterator[Case]:
             yield Case("decode_attention", label, partial(run, dtype, head_size, batch, queries))
 
 
+def decode_token_cases(scope: Scope) -> Iterator[Case]:
+    from . import decode_token as ops
+
+    def run(dtype: torch.dtype, width: int, heads: int, batch: int, pdl: bool) -> None:
+        def matrix(n: int, k: int) -> tuple[Tensor, Tensor]:
+            return meta(n, k, dtype=dtype), meta(n, dtype=dtype)
+
+        norm = meta(width, dtype=dtype), meta(width, dtype=dtype)
+        square, up, down = matrix(width, width), matrix(4 * width, width), matrix(width, 4 * width)
+        layer = ops.LayerWeights(*norm, *square, *square, *square, *square, *norm, *up, *down)
+        tables = meta(VOCABULARY, width, dtype=dtype), meta(1024, width, dtype=dtype)
+        weights = ops.TokenWeights(*tables, (layer, layer), *norm, tables[0], None)
+        keys, values = (meta(2, batch, heads, 1024, width // heads, dtype=dtype) for _ in range(2))
+        tokens, positions = meta(batch, dtype=torch.int64), meta(batch, dtype=torch.int32)
+        buffers = ops.token_buffers(weights, batch, heads, 1024, VOCABULARY)
+        ops.decode_token(tokens, positions, weights, keys, values, buffers, pdl=pdl)
+
+    for name, dtype, width, _ in scope.over(scope.widths):
+        for batch, pdl in itertools.product((1, 8), (False, True)):
+            label = f"{name} C={width} B={batch}{' pdl' if pdl else ''}"
+            yield Case("decode_token", label, partial(run, dtype, width, WIDTHS[width], batch, pdl))
+
+
 def cross_entropy_cases(scope: Scope) -> Iterator[Case]:
     from .cross_entropy import cross_entropy, linear_cross_entropy
 
@@ -294,5 +320,6 @@ CASES: dict[tuple[str, ...], Callable[[Scope], Iterable[Case]]] = {
     ("linear", "mlp"): linear_cases,
     ("attention",): attention_cases,
     ("decode_attention",): decode_attention_cases,
+    ("decode_token",): decode_token_cases,
     ("cross_entropy", "linear_cross_entropy"): cross_entropy_cases,
 }

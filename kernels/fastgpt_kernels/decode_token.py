@@ -1,0 +1,392 @@
+"""One new token a row through a whole GPT-2, for a few rows: five kernels a layer, each reading its weights once.
+
+    qkv       q, k, v = norm(x) W + b       k, v into the cache at the row's position; in layer 0 x is made from the tables
+    attend    part_s, lse_s = attention over the s-th SPLIT_KEYS keys
+    project   x += combine(part, lse) W + b
+    up        h = activation(norm(x) W + b)
+    down      x += h W + b
+    head      logits = norm(x) W + b        after the last layer; the positions move on by one
+
+    tokens              [B]                     int64; positions [B] int32: what each row's cache holds, both on the device
+    weights             [out, in] contiguous    bf16 | fp16 | fp32, the parameters themselves: nothing is packed or copied
+    keys, values        [L, B, H, S, D]         like the weights, unit last stride
+    x, q, logits        [B, C], [B, C], [B, V]  fp32         h   [B, 4C]   like the weights
+    part, lse           [B, splits, C], [B, splits, H]  fp32
+
+A program of a matrix kernel owns ROWS output columns, which are rows of W, and holds their weights in registers: one batch of
+16-byte loads, issued before anything else, since they don't depend on what the kernel before wrote. Its threads lie along a
+row of W, so that norm, combination and products read x once and meet in one reduction each. All rows of the batch follow one
+after another on the same weights. Sums are fp32 and in an order that neither batch mates nor cache length change.
+
+The grid depends on shapes alone and the kernels read positions on the device: captured in a CUDA graph once, a step replays at
+any length. Splits behind a row's length return at once. With `pdl` (sm90 and later) each kernel starts while the one before
+runs out, its weights on their way, and waits for that one's results.
+
+Bound by memory: a token reads every weight once and 2 B C length itemsize bytes of cache a layer. The rest stays in L2:
+part and lse are 2 x 24 KB a row at GPT-2 124M.
+
+Sources: the phases and the estimate of each design follow from the bandwidth of one H100; programmatic dependent launch:
+https://docs.nvidia.com/cuda/cuda-c-programming-guide/#programmatic-dependent-launch-and-synchronization
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ._launch import arch, check, check_device, launch
+from ._math import activation as _activation
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+# Rows that follow one another on the same weights. More keep tensor cores busy.
+MAX_BATCH = 8
+
+# The widest row of W that a program holds: 16 warps with 32 elements a thread.
+MAX_WIDTH = 16384
+
+# Keys of one program: at D = 64, 16 KB each of keys and values in flight; GPT-2's 12 heads make 96 programs at 1024 positions.
+SPLIT_KEYS = 128
+
+# Rows of W a program. Four of 768 are 6 KB in flight, and GPT-2's narrowest product makes 192 programs for 132
+# multiprocessors. The head has 50257 rows: longer programs read x less often. `project` combines the splits once a program.
+ROWS = 4
+PROJECT_ROWS = 8
+HEAD_ROWS = 16
+
+
+class LayerWeights(NamedTuple):
+    """One block's parameters: norms [C], matrices [out, in]; shifts and biases may be None."""
+
+    norm1: Tensor
+    norm1_shift: Tensor | None
+    query: Tensor
+    query_bias: Tensor | None
+    key: Tensor
+    key_bias: Tensor | None
+    value: Tensor
+    value_bias: Tensor | None
+    out: Tensor
+    out_bias: Tensor | None
+    norm2: Tensor
+    norm2_shift: Tensor | None
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+class TokenWeights(NamedTuple):
+    """All that a token reads: tables [V, C] and [P, C], blocks, final norm [C], head [V, C] (the token table where tied)."""
+
+    tokens: Tensor
+    positions: Tensor
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    norm_shift: Tensor | None
+    head: Tensor
+    head_bias: Tensor | None
+
+
+class TokenBuffers(NamedTuple):
+    """What the kernels pass to each other; the result is in `logits`."""
+
+    x: Tensor
+    q: Tensor
+    part: Tensor
+    lse: Tensor
+    hidden: Tensor
+    logits: Tensor
+
+
+def token_buffers(weights: TokenWeights, batch: int, n_heads: int, capacity: int, vocab_size: int) -> TokenBuffers:
+    """Buffers for `batch` rows and caches of up to `capacity` positions."""
+    device, C, splits = weights.head.device, weights.norm.shape[0], triton.cdiv(capacity, SPLIT_KEYS)
+    x, q = (torch.empty(batch, C, device=device) for _ in range(2))
+    part, lse = torch.empty(batch, splits, C, device=device), torch.empty(batch, splits, n_heads, device=device)
+    hidden = torch.empty(batch, weights.layers[0].up.shape[0], device=device, dtype=weights.head.dtype)
+    return TokenBuffers(x, q, part, lse, hidden, torch.empty(batch, vocab_size, device=device))
+
+
+@triton.jit
+def _load_weights(w_ptr, rows, N, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows of W [N, K]. evict_first: the next token's reading comes after all other weights, when no cache has them still."""
+    cols = tl.arange(0, BLOCK_K)
+    mask = (rows < N)[:, None] & (cols < K)[None, :]
+    return tl.load(
+        w_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
+    )
+
+
+@triton.jit
+def _load_bias(bias_ptr, rows, N):
+    if bias_ptr is None:
+        return tl.zeros(rows.shape, tl.float32)
+    else:
+        return tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _norm(x, scale_ptr, shift_ptr, eps, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """LayerNorm of x [BLOCK_C], whose columns from C on are zero; they stay zero."""
+    cols = tl.arange(0, BLOCK_C)
+    mean = tl.sum(x, 0) / C
+    x = tl.where(cols < C, x - mean, 0.0)
+    y = x * tl.rsqrt(tl.sum(x * x, 0) / C + eps) * tl.load(scale_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
+    if shift_ptr is not None:
+        y += tl.load(shift_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
+def _combine(
+    part_ptr, lse_ptr, b, length, splits, H: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """The attention's output [BLOCK_C] of row b from its splits, in their order."""
+    # Columns that share a head and, in fp32, a 16-byte load also share a weight.
+    GROUP: tl.constexpr = 4 if C // H % 4 == 0 else 1
+    cols, groups, s = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_C // GROUP) * GROUP, tl.arange(0, BLOCK_S)[:, None]
+    used = s * SPLIT < length
+    lse = tl.load(
+        lse_ptr + (b * splits + s) * H + (groups // (C // H))[None, :],
+        mask=used & (groups < C)[None, :],
+        other=float("-inf"),
+    )
+    parts = tl.load(part_ptr + (b * splits + s) * C + cols[None, :], mask=used & (cols < C)[None, :], other=0.0)
+    m = tl.max(lse, 0)
+    weights = tl.exp2(lse - tl.where(m == float("-inf"), 0.0, m)[None, :])
+    total = tl.sum(weights, 0)
+    weights = weights / tl.where(total == 0.0, 1.0, total)[None, :]
+    weights = tl.reshape(weights[:, :, None].broadcast_to(BLOCK_S, BLOCK_C // GROUP, GROUP), BLOCK_S, BLOCK_C)
+    return tl.sum(weights * parts, 0)
+
+
+@triton.jit
+def qkv_tile(
+    tile, tokens_ptr, positions_ptr, table_ptr, places_ptr, x_ptr, scale_ptr, shift_ptr, eps,
+    wq_ptr, bq_ptr, wk_ptr, bk_ptr, wv_ptr, bv_ptr, q_ptr, k_ptr, v_ptr, stride_b, stride_h, stride_s,
+    C: tl.constexpr, H: tl.constexpr, BLOCK_C: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The tile-th ROWS of the 3C outputs; with tables, x is made here and written by the first tile."""
+    tiles: tl.constexpr = (C + ROWS - 1) // ROWS
+    D: tl.constexpr = C // H
+    which = tile // tiles
+    rows = tile % tiles * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_C)
+    if which == 0:
+        w, bias = _load_weights(wq_ptr, rows, C, C, BLOCK_C), _load_bias(bq_ptr, rows, C)
+    elif which == 1:
+        w, bias = _load_weights(wk_ptr, rows, C, C, BLOCK_C), _load_bias(bk_ptr, rows, C)
+    else:
+        w, bias = _load_weights(wv_ptr, rows, C, C, BLOCK_C), _load_bias(bv_ptr, rows, C)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    for b in tl.static_range(B):
+        position = tl.load(positions_ptr + b).to(tl.int64)
+        if table_ptr is None:
+            x = tl.load(x_ptr + b * C + cols, mask=cols < C, other=0.0)
+        else:
+            token = tl.maximum(tl.load(tokens_ptr + b), 0)  # what a broken row drew
+            x = tl.load(table_ptr + token * C + cols, mask=cols < C, other=0.0).to(tl.float32)
+            x += tl.load(places_ptr + position * C + cols, mask=cols < C, other=0.0).to(tl.float32)
+            if tile == 0:
+                tl.store(x_ptr + b * C + cols, x, mask=cols < C)
+        y = _norm(x, scale_ptr, shift_ptr, eps, C, BLOCK_C)
+        out = tl.sum(w.to(tl.float32) * y[None, :], 1) + bias
+        at = b * stride_b + position * stride_s + rows // D * stride_h + rows % D
+        if which == 0:
+            tl.store(q_ptr + b * C + rows, out, mask=rows < C)
+        elif which == 1:
+            tl.store(k_ptr + at, out.to(k_ptr.dtype.element_ty), mask=rows < C)
+        else:
+            tl.store(v_ptr + at, out.to(v_ptr.dtype.element_ty), mask=rows < C)
+
+
+@triton.jit
+def attend_tile(
+    tile, positions_ptr, q_ptr, k_ptr, v_ptr, part_ptr, lse_ptr, stride_b, stride_h, stride_s, splits,
+    C: tl.constexpr, H: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """One split of one head of one row: tile counts splits first, then heads, then rows."""
+    D: tl.constexpr = C // H
+    split, h = tile % splits, tile // splits % H
+    b = (tile // (splits * H)).to(tl.int64)
+    length = tl.load(positions_ptr + b) + 1
+    if split * SPLIT < length:
+        d = tl.arange(0, BLOCK_D)
+        keys = split * SPLIT + tl.arange(0, SPLIT)
+        mask = (keys < length)[:, None] & (d < D)[None, :]
+        at = b * stride_b + h * stride_h + keys.to(tl.int64)[:, None] * stride_s + d[None, :]
+        k = tl.load(k_ptr + at, mask=mask, other=0.0)
+        v = tl.load(v_ptr + at, mask=mask, other=0.0)
+        q = tl.load(q_ptr + b * C + h * D + d, mask=d < D, other=0.0)
+        scores = tl.sum(k.to(tl.float32) * q[None, :], 1) * (LOG2_E * D**-0.5)
+        scores = tl.where(keys < length, scores, float("-inf"))
+        m = tl.max(scores, 0)
+        p = tl.exp2(scores - m)
+        total = tl.sum(p, 0)
+        out = tl.sum(p[:, None] * v.to(tl.float32), 0) / total
+        tl.store(part_ptr + (b * splits + split) * C + h * D + d, out, mask=d < D)
+        tl.store(lse_ptr + (b * splits + split) * H + h, m + tl.log2(total))
+
+
+@triton.jit
+def matrix_tile(
+    tile, x_ptr, scale_ptr, shift_ptr, eps, h_ptr, part_ptr, lse_ptr, positions_ptr, splits, w_ptr, bias_ptr, out_ptr, N,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, H: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr,
+    B: tl.constexpr, ROWS: tl.constexpr, INPUT: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """out[b, rows] = activation(INPUT[b] . W[rows] + bias), or added to out. INPUT: "norm" of x, "parts", or "hidden"."""
+    rows, cols = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
+    w, bias = _load_weights(w_ptr, rows, N, K, BLOCK_K), _load_bias(bias_ptr, rows, N)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    for b in tl.static_range(B):
+        if INPUT == "norm":
+            y = _norm(tl.load(x_ptr + b * K + cols, mask=cols < K, other=0.0), scale_ptr, shift_ptr, eps, K, BLOCK_K)
+        elif INPUT == "parts":
+            length = tl.load(positions_ptr + b) + 1
+            y = _combine(part_ptr, lse_ptr, b, length, splits, H, K, BLOCK_K, SPLIT, BLOCK_S)
+        else:
+            y = tl.load(h_ptr + b * K + cols, mask=cols < K, other=0.0).to(tl.float32)
+        out = _activation(tl.sum(w.to(tl.float32) * y[None, :], 1) + bias, ACTIVATION)
+        if RESIDUAL:
+            out += tl.load(out_ptr + b * N + rows, mask=rows < N, other=0.0)
+        tl.store(out_ptr + b * N + rows, out.to(out_ptr.dtype.element_ty), mask=rows < N)
+
+
+@triton.jit
+def _token_qkv_kernel(
+    tokens_ptr, positions_ptr, table_ptr, places_ptr, x_ptr, scale_ptr, shift_ptr, eps,
+    wq_ptr, bq_ptr, wk_ptr, bk_ptr, wv_ptr, bv_ptr, q_ptr, k_ptr, v_ptr, stride_b, stride_h, stride_s,
+    C: tl.constexpr, H: tl.constexpr, BLOCK_C: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    qkv_tile(
+        tl.program_id(0), tokens_ptr, positions_ptr, table_ptr, places_ptr, x_ptr, scale_ptr, shift_ptr, eps,
+        wq_ptr, bq_ptr, wk_ptr, bk_ptr, wv_ptr, bv_ptr, q_ptr, k_ptr, v_ptr, stride_b, stride_h, stride_s,
+        C, H, BLOCK_C, B, ROWS, PDL,
+    )  # fmt: skip
+
+
+@triton.jit
+def _token_attend_kernel(
+    positions_ptr, q_ptr, k_ptr, v_ptr, part_ptr, lse_ptr, stride_b, stride_h, stride_s, splits,
+    C: tl.constexpr, H: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    attend_tile(
+        tl.program_id(0), positions_ptr, q_ptr, k_ptr, v_ptr, part_ptr, lse_ptr, stride_b, stride_h, stride_s, splits,
+        C, H, BLOCK_D, SPLIT,
+    )  # fmt: skip
+
+
+@triton.jit
+def _token_matrix_kernel(
+    x_ptr, scale_ptr, shift_ptr, eps, h_ptr, part_ptr, lse_ptr, positions_ptr, splits, w_ptr, bias_ptr, out_ptr, N,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, H: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr,
+    B: tl.constexpr, ROWS: tl.constexpr, INPUT: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
+    ADVANCE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    matrix_tile(
+        tl.program_id(0), x_ptr, scale_ptr, shift_ptr, eps, h_ptr, part_ptr, lse_ptr, positions_ptr, splits,
+        w_ptr, bias_ptr, out_ptr, N, K, BLOCK_K, H, SPLIT, BLOCK_S, B, ROWS, INPUT, ACTIVATION, RESIDUAL, PDL,
+    )  # fmt: skip
+    if ADVANCE and tl.program_id(0) == 0:
+        for b in tl.static_range(B):
+            tl.store(positions_ptr + b, tl.load(positions_ptr + b) + 1)
+
+
+def _warps(block: int) -> int:
+    """So that a row of W is 8 to 32 elements a thread."""
+    return min(max(block // 512, 4), 16)
+
+
+def _combining_warps(block: int, splits: int) -> int:
+    """So that parts and lse of all splits, beside the weights, take 64 registers a thread."""
+    return min(max(block * splits // 1024, 4), 16)
+
+
+def decode_token(
+    tokens: Tensor,
+    positions: Tensor,
+    weights: TokenWeights,
+    keys: Tensor,
+    values: Tensor,
+    buffers: TokenBuffers,
+    activation: str = "gelu_tanh",
+    eps: float = 1e-5,
+    pdl: bool = False,
+) -> Tensor:
+    """Logits fp32 [B, V] of one new token a row, in `buffers.logits`; its keys and values join the cache, positions += 1.
+
+    tokens int64 [B]; positions int32 [B], each under the capacity S of keys and values [L, B, H, S, D] (the caller's care:
+    they are on the device). No gradient. `pdl`: programmatic dependent launch, sm90 and later.
+    """
+    check_device("decode_token", tokens=tokens, positions=positions, head=weights.head, keys=keys, values=values)
+    (L, B, H, _, D), C, layers = keys.shape, weights.norm.shape[0], weights.layers
+    dtype = weights.head.dtype
+    check(1 <= B <= MAX_BATCH, f"decode_token: the batch must be 1 to {MAX_BATCH} rows, got {B}")
+    check(
+        dtype in (torch.bfloat16, torch.float16, torch.float32) and keys.dtype == values.dtype == dtype,
+        f"decode_token: weights, keys and values must be bfloat16, float16 or float32 alike, got {dtype}, {keys.dtype}, "
+        f"{values.dtype}",
+    )
+    check(
+        C == H * D and len(layers) == L and values.shape == keys.shape and values.stride() == keys.stride(),
+        f"decode_token: keys and values must be [L, B, H, S, D] of {len(layers)} layers and width {C}, "
+        f"got {list(keys.shape)} and {list(values.shape)}",
+    )
+    check(
+        tokens.dtype == torch.int64 and positions.dtype == torch.int32 and tokens.shape == positions.shape == (B,),
+        f"decode_token: tokens int64 [{B}] and positions int32 [{B}], got {tokens.dtype} {list(tokens.shape)} and "
+        f"{positions.dtype} {list(positions.shape)}",
+    )
+    check(layers[0].up.shape[0] <= MAX_WIDTH, f"decode_token: the feed-forward part must be at most {MAX_WIDTH} wide")
+    check(not pdl or arch(tokens.device) >= 90, f"decode_token: pdl needs sm90 or later, got sm{arch(tokens.device)}")
+    x, q, part, lse, hidden, logits = buffers
+    splits, launch_pdl = part.shape[1], {"launch_pdl": True} if pdl else {}
+    block, strides = triton.next_power_of_2(C), keys.stride()[1:4]
+    block_s, block_d = triton.next_power_of_2(splits), triton.next_power_of_2(D)
+
+    def matrix(w, bias, out, source, norm=None, shift=None, activation=None, rows=ROWS, advance=False):
+        N, K = out.shape[1], w.shape[1]
+        block_k = triton.next_power_of_2(K)
+        launch(
+            _token_matrix_kernel, (triton.cdiv(N, rows),),
+            x, norm, shift, eps, hidden, part, lse, positions, splits, w, bias, out, N,
+            K=K, BLOCK_K=block_k, H=H, SPLIT=SPLIT_KEYS, BLOCK_S=block_s, B=B, ROWS=rows, INPUT=source,
+            ACTIVATION=activation, RESIDUAL=out is x, ADVANCE=advance, PDL=pdl,
+            num_warps=_combining_warps(block_k, block_s) if source == "parts" else _warps(block_k), **launch_pdl,
+        )  # fmt: skip
+
+    for i, layer in enumerate(layers):
+        tables = (weights.tokens, weights.positions) if i == 0 else (None, None)
+        launch(
+            _token_qkv_kernel, (3 * triton.cdiv(C, ROWS),),
+            tokens, positions, *tables, x, layer.norm1, layer.norm1_shift, eps, layer.query, layer.query_bias,
+            layer.key, layer.key_bias, layer.value, layer.value_bias, q, keys[i], values[i], *strides,
+            C=C, H=H, BLOCK_C=block, B=B, ROWS=ROWS, PDL=pdl, num_warps=_warps(block), **launch_pdl,
+        )  # fmt: skip
+        launch(
+            _token_attend_kernel, (B * H * splits,),
+            positions, q, keys[i], values[i], part, lse, *strides, splits,
+            C=C, H=H, BLOCK_D=block_d, SPLIT=SPLIT_KEYS, PDL=pdl, num_warps=4 if block_d <= 64 else 8, **launch_pdl,
+        )  # fmt: skip
+        matrix(layer.out, layer.out_bias, x, "parts", rows=PROJECT_ROWS)
+        matrix(layer.up, layer.up_bias, hidden, "norm", layer.norm2, layer.norm2_shift, activation)
+        matrix(layer.down, layer.down_bias, x, "hidden")
+    matrix(
+        weights.head, weights.head_bias, logits, "norm", weights.norm, weights.norm_shift, rows=HEAD_ROWS, advance=True
+    )
+    return logits

@@ -1,0 +1,179 @@
+"""The decode engine on the kernels' path: the model's own tokens, whatever happens around it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import tiny_model
+from torch import nn
+
+from fastgpt import GPTModel, decoder, generate, generation, use_backend
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
+
+PROMPTS = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8]]
+
+
+@pytest.fixture(autouse=True)
+def _wide_tiles(monkeypatch):
+    """The interpreter pays by the program."""
+    from fastgpt_kernels import decode_token
+
+    for name in ("ROWS", "PROJECT_ROWS", "HEAD_ROWS"):
+        monkeypatch.setattr(decode_token, name, 64)
+
+
+@pytest.fixture
+def model(device) -> GPTModel:
+    return tiny_model(n_layers=1).to(device)
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[int]:
+    """How many rows each step of an engine had."""
+    made = []
+    step = decoder.Engine.step
+    monkeypatch.setattr(decoder.Engine, "step", lambda self, t: made.append(len(t)) or step(self, t))
+    return made
+
+
+def exact(model: GPTModel, *args, **options):
+    """What the modules give in float64 on the reference path: its argmax is the exact one."""
+    with use_backend("reference"):
+        return generate(copy.deepcopy(model).double(), *args, **options)
+
+
+def ours(model: GPTModel, *args, **options):
+    with use_backend("triton"):
+        return generate(model, *args, **options)
+
+
+@pytest.mark.parametrize("look_every", [2, 16])
+def test_ragged_rows_and_their_stops_give_the_references_tokens(model, steps, monkeypatch, look_every):
+    monkeypatch.setattr(generation, "LOOK_EVERY", look_every)
+    plain = exact(model, PROMPTS, 7)
+    stops = [plain[0].tokens[2], plain[1].tokens[4]]
+    expected = exact(model, PROMPTS, 7, stop_tokens=stops)
+    assert ours(model, PROMPTS, 7, stop_tokens=stops) == expected
+    assert len(set(steps)) == (1 if look_every == 16 else 3), "finished rows leave the batch when the host looks"
+
+
+@pytest.mark.parametrize(("batch", "count"), [(1, 18), (9, 4)])
+def test_past_the_context_and_over_the_fused_batch(model, steps, batch, count):
+    prompts = [[row + 1] * (1 + row % 3) for row in range(batch)]
+    assert ours(model, prompts, count) == exact(model, prompts, count)
+    assert steps and set(steps) <= set(range(1, batch + 1))
+
+
+def test_a_seed_gives_the_modules_tokens(model, steps):
+    options = {"temperature": 0.9, "top_k": 20, "repetition_penalty": 1.2, "logprobs": True}
+    for stops in ((), (3, 50)):
+        with use_backend("reference"):
+            expected = generate(
+                model, PROMPTS, 6, stop_tokens=stops, **options, generator=torch.Generator(model.device).manual_seed(3)
+            )
+        rng = torch.Generator(model.device).manual_seed(3)
+        done = ours(model, PROMPTS, 6, stop_tokens=stops, **options, generator=rng)
+        for mine, theirs in zip(done, expected, strict=True):
+            assert (mine.tokens, mine.finish_reason) == (theirs.tokens, theirs.finish_reason)
+            assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+    assert steps
+
+
+def test_one_engine_serves_calls_of_any_length_and_two_at_once(model):
+    ours(model, [[1, 2]], 3)
+    (engine,) = decoder._engines[model]
+    assert ours(model, [[4] * 9], 5) == exact(model, [[4] * 9], 5)
+    with use_backend("triton"):
+        one = generate(model, [[1, 2]], 4, stream=True)
+        first = [next(one).tokens]
+        assert decoder._engines[model] == []
+        between = generate(model, [[1, 2]], 4)
+        rest = [step.tokens for step in one]
+    assert [t for (t,) in first + rest] == between[0].tokens
+    assert len(decoder._engines[model]) == 2
+    assert engine in decoder._engines[model]
+
+
+def test_changed_and_replaced_parameters_are_seen(model):
+    ours(model, PROMPTS, 3)
+    with torch.no_grad():
+        model.trf_blocks[0].ff.layers[0].weight.mul_(-1.0)
+    assert ours(model, PROMPTS, 3) == exact(model, PROMPTS, 3)
+    model.trf_blocks[0].att.W_key.weight = nn.Parameter(torch.randn_like(model.trf_blocks[0].att.W_key.weight))
+    model.final_norm.scale = nn.Parameter(model.final_norm.scale.detach() * -2.0)
+    assert ours(model, PROMPTS, 3) == exact(model, PROMPTS, 3)
+
+
+def test_a_parameter_replaced_while_a_stream_rests_is_seen(model):
+    with use_backend("triton"):
+        stream = generate(model, [[1, 2, 3]], 4, stream=True)
+        next(stream)
+        model.out_head.weight = nn.Parameter(torch.randn_like(model.out_head.weight))
+        tokens = [next(stream).tokens[0] for _ in range(3)]
+    with use_backend("reference"):
+        cache_free = []
+        idx = torch.tensor([[1, 2, 3]], device=model.device)
+        for n in range(3):
+            first = tiny_model(n_layers=1).to(model.device)  # the first token came from the old head
+            ids = [1, 2, 3, generate(first, idx, 1)[0].tokens[0], *tokens[:n]]
+            cache_free += generate(model, [ids], 1, use_cache=False)[0].tokens
+    assert tokens == cache_free
+
+
+def reason(model: GPTModel, backend: str = "triton") -> str:
+    with use_backend(backend), torch.no_grad():
+        engine = model.decode_engine(1, 8)
+    assert isinstance(engine, str)
+    return engine
+
+
+def test_what_has_no_engine_says_why_and_uses_the_modules(model, steps):
+    if model.device.type == "cpu":
+        assert "cpu" in reason(model, "auto")
+    hook = model.register_forward_hook(lambda *args: None)
+    assert "hooks" in reason(model)
+    assert ours(model, PROMPTS, 2) == exact(model, PROMPTS, 2)
+    hook.remove()
+    model.trf_blocks[0].ff.layers[2].register_forward_hook(lambda *args: None)
+    assert "block 0" in reason(model)
+    assert "block 0 is post-norm" in reason(tiny_model(norm_position="post").to(model.device))
+    swapped = tiny_model().to(model.device)
+    swapped.out_head = nn.Linear(32, 7, device=model.device)
+    assert "head" in reason(swapped)
+    mixed = tiny_model().to(model.device)
+    mixed.trf_blocks[1].half()
+    assert "one dtype" in reason(mixed)
+    strided = tiny_model().to(model.device)
+    weight = strided.trf_blocks[0].att.out_proj.weight
+    strided.trf_blocks[0].att.out_proj.weight = nn.Parameter(weight.detach().T.contiguous().T)
+    assert "contiguous" in reason(strided)
+    assert "training" in reason(tiny_model().to(model.device).train())
+
+    class Louder(GPTModel):
+        def forward(self, idx, cache=None, *, logits_at=None):
+            return 2 * super().forward(idx, cache, logits_at=logits_at)
+
+    assert "subclass" in reason(Louder(model.config).eval().to(model.device))
+    with torch.autocast(model.device.type, dtype=torch.bfloat16):
+        assert "autocast" in reason(tiny_model().to(model.device))
+    assert steps == []
+
+
+def test_the_host_looks_once_in_a_while(model, monkeypatch):
+    looks = []
+    stack = torch.stack
+    monkeypatch.setattr(generation.torch, "stack", lambda tensors: looks.append(len(tensors)) or stack(tensors))
+    ours(model, [[1, 2]], 12)
+    assert looks == [12]
+
+
+def test_a_full_cache_is_an_error(model):
+    with use_backend("triton"), torch.no_grad():
+        engine = model.decode_engine(1, 1)
+        generation.prefill(model, engine.cache, [[1] * 16])
+        engine.begin()
+        with pytest.raises(ValueError, match="cache of 16 positions is full"):
+            engine.step(torch.tensor([1], device=model.device))
