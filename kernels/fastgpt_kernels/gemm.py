@@ -95,7 +95,7 @@ def gemm_blocks(
     if dtype == torch.float64:
         return Blocks(32, 64, 16, warps=4, stages=3, parts=2)
     if dtype == torch.float32 and not _tf32(dtype):
-        return Blocks(64, 64, 32, warps=8, stages=3)
+        return Blocks(64, 64, 32, warps=8, stages=2)  # a step's FMAs take over 1000 clocks: one tile ahead is enough
     parts = 4 if epilogue in ("gradient", "gelu") else 2  # another tile in registers, erf's polynomial
     if dtype == torch.float32:
         choices = [Blocks(128, 128, 32, warps=8, stages=3, parts=parts), Blocks(64, 64, 32, warps=4, stages=3)]
@@ -218,7 +218,10 @@ def _gemm_kernel(
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     PART_N: tl.constexpr = BLOCK_N // PARTS
     tl.assume(K > 0)  # spares the flattened loop a second epilogue
-    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=DESCRIPTORS):
+    start, stop, step = tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)
+    if not DESCRIPTORS:  # its one tile; a loop that might go on would hold registers for the next
+        stop, step = start + 1, 1
+    for index in tl.range(start, stop, step, flatten=DESCRIPTORS):
         tile_m, tile_n = _tile(index, tiles_m, tiles_n, GROUP_M)
         m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
