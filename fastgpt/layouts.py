@@ -153,7 +153,8 @@ def settle(config: GPTConfig, tensors: dict[str, Tensor]) -> None:
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same numbers, NaN being itself."""
-    return a.data_ptr() == b.data_ptr() or torch.allclose(a.to(b.dtype), b, rtol=0.0, atol=0.0, equal_nan=True)
+    wide = torch.promote_types(a.dtype, b.dtype)
+    return a.data_ptr() == b.data_ptr() or torch.allclose(a.to(wide), b.to(wide), rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def from_layout(

@@ -124,9 +124,8 @@ class Layout:
     top: Table
     layer: Table
     prefix: str = ""  # written before every name but the head's; read with it or without
-    biases: str = (
-        "own"  # own: as the config has them; "all"; "all but qkv", which are as the config has them; "all or none"
-    )
+    # "own" and, for those of queries, keys and values, "all but qkv": as the config has them; "all"; "all or none"
+    biases: str = "own"
     head: bool = False  # a tied head is there too
     ignored: tuple[str, ...] = ()  # endings of the causal masks' names
     computes: dict[str, Any] = field(default_factory=dict)  # what its program computes, whatever a GPTConfig says

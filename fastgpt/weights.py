@@ -178,15 +178,16 @@ def _stored(config: GPTConfig, state_dict: Mapping[str, Tensor], dtype: torch.dt
 def _config(directory: Path, opened: formats.Opened, layout: str) -> GPTConfig:
     """What the file says itself, what the file of settings beside it says, or, for a bare GPT-2 file, what its shapes tell."""
     beside = directory / ("hparams.json" if opened.format == "tensorflow" else "config.json")
-    said = None
-    if beside.is_file() and (opened.config is None or opened.format == "safetensors"):
+    config = opened.config
+    if beside.is_file() and (config is None or opened.format == "safetensors"):
         said = (from_hparams if opened.format == "tensorflow" else from_config_json)(read_json(beside))
-        if opened.config is not None:
-            agree(said, opened.config, str(beside))
-    if said is None and opened.config is None:
+        if config is not None:
+            agree(said, config, str(beside))
+        return said
+    if config is None:
         with complaints("the shapes"):
             return infer(opened.shapes, layout)
-    return said or opened.config  # type: ignore[return-value]  # one of them is there
+    return config
 
 
 def _open(files: list[Path], allow_pickle: bool) -> contextlib.AbstractContextManager[formats.Opened]:

@@ -87,6 +87,17 @@ def test_llmc_files_read_elsewhere(changes, dtype, tmp_path):
     assert not any(back[name].any() for name in back if name not in kept)
 
 
+@pytest.mark.parametrize(("vocab", "table"), [(128, 128), (130, 256)])
+def test_llmc_pads_the_vocabulary_to_a_multiple_of_128(vocab, table, tmp_path):
+    ours = tiny_model(tie_weights=True, vocab_size=vocab, vocab_multiple=64)
+    save_as(ours.config, ours.state_dict(), tmp_path / "m.bin", "llmc")
+    header, arrays = foreign_files.read_llmc(tmp_path / "m.bin")
+    assert (header[3], header[7]) == (vocab, table)
+    assert arrays["wte.weight"].shape == (table, 32)
+    assert not arrays["wte.weight"][vocab:].any()
+    assert bits(load(tmp_path / "m.bin").tensors) == bits(rows(ours))
+
+
 def test_llmc_holds_fp32_or_bf16_of_one_kind(tmp_path):
     ours = tiny_model(tie_weights=True)
     with pytest.raises(ValueError, match=r"float32 or bfloat16 weights, got \['torch\.float16'\]"):

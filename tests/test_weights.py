@@ -891,6 +891,15 @@ def test_hub_names_go_to_the_hub(monkeypatch, good, good_tensors):
     assert asked == [("openai-community/gpt2-large", "abc"), ("owner/name", None)]
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_pickles_are_fetched_only_where_they_may_be_opened(allowed, monkeypatch, good, good_tensors):
+    asked: list[str] = []
+    download = lambda repo, revision, allow_patterns: asked.extend(allow_patterns) or str(good)  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert same_bits(load_pretrained("gpt2", allow_pickle=allowed)[1], good_tensors)
+    assert any("bin" in pattern for pattern in asked) == allowed
+
+
 def test_a_hub_out_of_reach_is_named(monkeypatch, refused):
     def unreachable(*args: Any, **kwargs: Any) -> None:
         raise ConnectionError("name resolution failed")
