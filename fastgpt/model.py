@@ -276,14 +276,21 @@ class GPTModel(nn.Module):
             model.out_head.weight = model.tok_emb.weight
         return model.eval()
 
-    def save_pretrained(self, directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        max_shard_bytes: int | None = None,
+    ) -> None:
         """Write config.json and model.safetensors, which transformers and vLLM read as GPT-2 where the config has that form.
 
         Args:
             directory: made when missing. Each file is written beside its place, synced and renamed.
             dtype: stored dtype; None keeps the parameters' own.
+            max_shard_bytes: larger weights are written as shards of at most so many bytes, with an index.
         """
-        weights.save_pretrained(self.config, self.state_dict(), directory, dtype=dtype)
+        weights.save_pretrained(self.config, self.state_dict(), directory, dtype, max_shard_bytes)
 
     @property
     def device(self) -> torch.device:
