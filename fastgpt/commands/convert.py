@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drop", nargs="+", default=[], choices=list(DROPS.values()), help="give up what the format can't say"
     )
     parser.add_argument(
-        "--vocab-size", type=int, metavar="N", help="keep the first N tokens (nanoGPT has 50304 of 50257)"
+        "--vocab-size", type=int, metavar="N", help="keep the first N tokens (nanoGPT pads 50257 to 50304)"
     )
     parser.add_argument("--max-shard-bytes", type=int, metavar="N", help="with --to hf: shards of at most N bytes")
     parser.add_argument("--pickle", action="store_true", help="with --to hf: pytorch_model.bin, not model.safetensors")
