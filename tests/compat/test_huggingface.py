@@ -788,6 +788,13 @@ def test_to_hf(changes):
     close(accelerate(theirs)(x).logits, model(x))
 
 
+def test_thirds_in_another_order_are_copied():
+    model, x = from_hf(hf_model()), ids(2, 9)
+    att = model.trf_blocks[0].att
+    att.W_key, att.W_value = att.W_value, att.W_key
+    close(to_hf(model)(x).logits, model(x))
+
+
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1),
     "one by one": lambda p: torch.optim.SGD(p, lr=0.05, foreach=False),

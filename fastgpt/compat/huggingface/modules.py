@@ -127,10 +127,6 @@ class GPT2Block(modeling_gpt2.GPT2Block):
 class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
     """accelerate(model, return_logits=False): in training with labels, the loss without the [B, T, V] logits."""
 
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:  # which transformers tells from the text of the class's file
-        return True
-
     @can_return_tuple
     def forward(
         self,
