@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._launch import arch
+
 # tf32: fp32 with torch.set_float32_matmul_precision("high"), for the ops with products
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 WIDTHS = {768: 12, 1024: 16, 1280: 20, 1600: 25}  # GPT-2's four models and their heads
@@ -269,6 +271,9 @@ def decode_token_cases(scope: Scope) -> Iterator[Case]:
     from . import decode_token as ops
 
     def run(dtype: torch.dtype, width: int, heads: int, batch: int, pdl: bool) -> None:
+        if pdl and arch(torch.device("meta")) < 90:
+            return
+
         def matrix(n: int, k: int) -> tuple[Tensor, Tensor]:
             return meta(n, k, dtype=dtype), meta(n, dtype=dtype)
 
@@ -282,8 +287,8 @@ def decode_token_cases(scope: Scope) -> Iterator[Case]:
         buffers = ops.token_buffers(weights, batch, heads, 1024, VOCABULARY)
         ops.decode_token(tokens, positions, weights, keys, values, buffers, pdl=pdl)
 
-    for name, dtype, width, _ in scope.over(scope.widths):
-        for batch, pdl in itertools.product((1, 8), (False, True)):
+    for name, dtype, width, variants in scope.over(scope.widths):
+        for batch, pdl in ((1, False), (8, False), (1, True), (8, True)) if variants else ((8, False), (1, True)):
             label = f"{name} C={width} B={batch}{' pdl' if pdl else ''}"
             yield Case("decode_token", label, partial(run, dtype, width, WIDTHS[width], batch, pdl))
 

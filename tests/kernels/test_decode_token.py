@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import types
 
 import pytest
 import torch
 from compare import assert_as_accurate_as_torch
-from models import tiny_config, tiny_model
+from models import tiny_model
 from mutants import mutant
 
-from fastgpt import GPTModel, KVCache, use_backend
+from fastgpt import PRESETS, GPTModel, KVCache, decoder, use_backend
+from fastgpt_kernels import _launch
 
 module = importlib.import_module("fastgpt_kernels.decode_token")
 
@@ -19,16 +22,19 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 STEPS = 3
 
 
-def small_splits(target):
-    """Splits so small that contexts which the interpreter can bear have several, of which short rows leave some empty."""
-    target.SPLIT_KEYS = 16
+def interpretable(target):
+    """Splits so small that contexts which the interpreter can bear have several, and tiles so large that it has few."""
+    target.SPLIT_KEYS, target.ROWS, target.PROJECT_ROWS, target.HEAD_ROWS = 16, 16, 16, 64
     return target
 
 
 @pytest.fixture(autouse=True)
-def _small_splits(request, monkeypatch):
+def _interpretable(request, monkeypatch):
+    """The interpreter pays by the program: more rows of W in each, but not the whole of a matrix."""
     if not request.node.get_closest_marker("gpu"):
-        monkeypatch.setattr(module, "SPLIT_KEYS", 16)
+        for name in ("SPLIT_KEYS", "ROWS", "PROJECT_ROWS", "HEAD_ROWS"):
+            monkeypatch.setattr(module, name, getattr(module, name))
+        interpretable(module)
 
 
 def token_weights(ops, model: GPTModel):
@@ -60,13 +66,13 @@ def prefilled(model: GPTModel, prompts: list[list[int]], capacity: int) -> KVCac
 
 
 @torch.no_grad()
-def run(ops, model: GPTModel, prompts, tokens, capacity: int):
-    """Logits [STEPS, B, V] and the caches of feeding tokens [STEPS, B] after the prompts; unused cache is NaN."""
-    cache, config = prefilled(model, prompts, capacity), model.config
-    for row, prompt in enumerate(prompts):
-        cache.keys[:, row, :, len(prompt) :] = cache.values[:, row, :, len(prompt) :] = torch.nan
+def run(ops, model: GPTModel, cache: KVCache, tokens):
+    """Logits [STEPS, B, V] and the cache after feeding tokens [STEPS, B]; what the cache doesn't hold yet is NaN."""
+    config, lengths = model.config, cache.lengths
+    for row, length in enumerate(lengths):
+        cache.keys[:, row, :, length:] = cache.values[:, row, :, length:] = torch.nan
     weights = token_weights(ops, model)
-    buffers = ops.token_buffers(weights, len(prompts), config.n_heads, capacity, config.vocab_size)
+    buffers = ops.token_buffers(weights, len(lengths), config.n_heads, cache.max_length, config.vocab_size)
     for buffer in buffers:
         buffer.fill_(torch.nan)
     positions = cache.device_lengths.clone()
@@ -76,7 +82,7 @@ def run(ops, model: GPTModel, prompts, tokens, capacity: int):
         ).clone()
         for step in tokens
     ]
-    assert positions.tolist() == [len(p) + len(tokens) for p in prompts]
+    assert positions.tolist() == [length + len(tokens) for length in lengths]
     return torch.stack(logits), cache
 
 
@@ -93,7 +99,7 @@ def compare(ops, model: GPTModel, prompts, capacity: int) -> None:
     double.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
     exact, exact_cache = reference(double, prompts, tokens, capacity)
     theirs, their_cache = reference(model, prompts, tokens, capacity)
-    ours, cache = run(ops, model, prompts, tokens, capacity)
+    ours, cache = run(ops, model, prefilled(model, prompts, capacity), tokens)
     assert_as_accurate_as_torch(ours.to(theirs.dtype), theirs, exact, "logits")
     for row, length in enumerate(cache.device_lengths.tolist()):
         for name in ("keys", "values"):
@@ -123,3 +129,144 @@ def test_decode_token(name, dtype, device):
     changes, prompts = SHAPES[name]
     model = shaped_model(changes, dtype, device)
     compare(module, model, prompts, model.config.context_length)
+
+
+def test_production_tiles(device, monkeypatch):
+    for name, rows in (("ROWS", 4), ("PROJECT_ROWS", 8), ("HEAD_ROWS", 16)):
+        monkeypatch.setattr(module, name, rows)
+    compare(module, shaped_model({"n_layers": 1}, device=device), [[1, 2, 3]], 16)
+
+
+def test_a_row_does_not_depend_on_its_batch_mates(device):
+    model = shaped_model({"context_length": 40, "n_layers": 1}, device=device)
+    prompts, tokens = [[1, 2, 3], [4] * 33, [5]], torch.tensor([[7, 8, 9], [3, 2, 1]], device=device)
+    cache = prefilled(model, prompts, 40)
+    alone = [cache.select([row]) for row in range(3)]
+    together, _ = run(module, model, cache, tokens)
+    for row in range(3):
+        assert torch.equal(run(module, model, alone[row], tokens[:, row : row + 1])[0][:, 0], together[:, row])
+
+
+def test_a_broken_weight_shows(device):
+    model = shaped_model({"n_layers": 1}, device=device)
+    with torch.no_grad():
+        model.trf_blocks[0].ff.layers[0].weight[3, 2] = torch.nan
+    logits, _ = run(module, model, prefilled(model, [[1]], 16), torch.tensor([[2]], device=device))
+    assert logits.isnan().all()
+
+
+def test_a_token_reads_what_it_must_and_little_more(monkeypatch):
+    """Bytes of one token of GPT-2 124M in bf16 at 1024 positions, from the launches' own arguments: the floor's within 3%."""
+    config, context = PRESETS["gpt2"], 1024
+    monkeypatch.setattr(module, "SPLIT_KEYS", 128)
+    with torch.device("meta"):
+        model = GPTModel(config).to(torch.bfloat16)
+        keys, values = (torch.empty(12, 1, 12, context, 64, dtype=torch.bfloat16) for _ in range(2))
+        tokens, positions = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    weights = token_weights(module, model)
+    buffers = module.token_buffers(weights, 1, 12, context, config.vocab_size)
+    with _launch.record(90) as launches:
+        module.decode_token(tokens, positions, weights, keys, values, buffers)
+    assert len(launches) == 12 * 5 + 1
+    moved = 0
+    for launch in launches:
+        for name, tensor in zip(launch.kernel.arg_names, launch.args, strict=False):
+            if isinstance(tensor, torch.Tensor):
+                rows = len(tensor) if name in ("table_ptr", "places_ptr") else 1  # one row of a table
+                writes_one = name in ("k_ptr", "v_ptr") and "qkv" in launch.kernel.__name__
+                moved += tensor.numel() * tensor.itemsize // (context if writes_one else rows)
+    floor = 2 * (config.num_parameters - context * 768) + 2 * keys.numel() * 2
+    assert floor == pytest.approx(247.3e6 + 36864 * 1024, rel=0.001)  # facts of the architecture, counted by hand
+    assert floor < moved < 1.03 * floor
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": torch.zeros(2, dtype=torch.int64)}, r"tokens int64 \[1\]"),
+        ({"positions": torch.zeros(1, dtype=torch.int64)}, "positions torch.int64|and torch.int64"),
+        ({"keys": torch.zeros(1, 1, 4, 16, 8)}, r"of 2 layers and width 32, got \[1, 1, 4, 16, 8\]"),
+        ({"values": torch.zeros(2, 1, 4, 16, 8, dtype=torch.float16)}, "alike, got torch.float32"),
+        ({"keys": torch.zeros(2, 9, 4, 16, 8), "values": torch.zeros(2, 9, 4, 16, 8)}, "1 to 8 rows, got 9"),
+    ],
+)
+def test_bad_input(change, message, device):
+    model = shaped_model({}, device=device)
+    weights = token_weights(module, model)
+    arguments = {
+        "tokens": torch.zeros(1, dtype=torch.int64),
+        "positions": torch.zeros(1, dtype=torch.int32),
+        "keys": torch.zeros(2, 1, 4, 16, 8),
+        "values": torch.zeros(2, 1, 4, 16, 8),
+    }
+    arguments = {name: tensor.to(device) for name, tensor in (arguments | change).items()}
+    buffers = module.token_buffers(weights, 1, 4, 16, 101)
+    with pytest.raises(ValueError, match=message):
+        module.decode_token(**arguments, weights=weights, buffers=buffers)
+
+
+MUTANTS = {
+    "mean not subtracted": ("tl.where(cols < C, x - mean, 0.0)", "tl.where(cols < C, x, 0.0)"),
+    "shift forgotten": (
+        "    if shift_ptr is not None:\n        y +=",
+        "    if shift_ptr is not None:\n        y = y * 1.0 + 0.0 *",
+    ),
+    "position of the row before": ("position = tl.load(positions_ptr + b)", "position = tl.load(positions_ptr)"),
+    "newest key unseen": (
+        "length = tl.load(positions_ptr + b) + 1\n    if split",
+        "length = tl.load(positions_ptr + b)\n    if split",
+    ),
+    "keys behind the length": ("tl.where(keys < length, scores,", "tl.where(keys < length + 1, scores,"),
+    "one split forgotten": ("used = s * SPLIT < length\n", "used = (s + 1) * SPLIT < length\n"),
+    "splits unweighted": ("weights = tl.exp2(lse - ", "weights = tl.exp2(0.0 * lse - 0.0 * "),
+    "head of another column": ("(groups // (C // H))[None, :]", "(groups // (C // H) * 0)[None, :]"),
+    "key's bias on values": (
+        "_load_weights(wv_ptr, rows, C, C, BLOCK_C), _load_bias(bv_ptr",
+        "_load_weights(wv_ptr, rows, C, C, BLOCK_C), _load_bias(bk_ptr",
+    ),
+    "no residual": ("        if RESIDUAL:\n            out +=", "        if RESIDUAL:\n            out += 0.0 *"),
+    "positions stay": ("tl.load(positions_ptr + b) + 1)", "tl.load(positions_ptr + b))"),
+    "base e": ("(LOG2_E * D**-0.5)", "(D**-0.5)"),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_caught(name, device):
+    model = shaped_model({"context_length": 48, "n_layers": 2, "emb_dim": 24, "n_heads": 2}, device=device)
+    with pytest.raises(AssertionError):
+        compare(interpretable(mutant("decode_token", *MUTANTS[name])), model, [[3] * 40, [9]], 48)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-xl"])
+def test_bfloat16_at_gpt2_shapes(name, pdl, device):
+    if pdl and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a CUDA device of compute capability 9.0 for programmatic dependent launch")
+    config = PRESETS[name].replace(n_layers=2)
+    model = shaped_model(config.to_dict(), torch.bfloat16, device)
+    ops = types.SimpleNamespace(**vars(module))
+    ops.decode_token = functools.partial(module.decode_token, pdl=pdl)
+    compare(ops, model, [[11] * 900, [12] * 3, [13] * 128], 1024)
+
+
+@pytest.mark.gpu
+def test_graph_replay_and_repeats_are_bit_equal(device):
+    model = shaped_model(PRESETS["gpt2"].replace(n_layers=3).to_dict(), torch.bfloat16, device)
+    with torch.no_grad():
+        engine = model.decode_engine(2, 1024)
+        assert isinstance(engine, decoder.Engine)
+        prompt = torch.randint(50257, (2, 700), device=device)
+        engine.begin()
+        model(prompt, cache=engine.cache)
+        results = []
+        for repeat in range(250):
+            engine.cache.truncate(700)
+            engine.begin()
+            if repeat % 2:
+                engine.step(torch.tensor([5, 6], device=device))
+            else:
+                engine.tokens.copy_(torch.tensor([5, 6], device=device))
+                engine._token()
+            results.append(engine.logits.clone())
+        assert all(torch.equal(result, results[0]) for result in results)

@@ -116,6 +116,9 @@ class GPTModel(CoreModel):
         _memories[cache] = memory, entries
         return logits
 
+    def _calls_core(self) -> bool:
+        return type(self).forward is GPTModel.forward
+
     def reset_kv_cache(self) -> None:
         """Forget the positions that calls with use_cache=True have gathered."""
         _own_caches.pop(self, None)
