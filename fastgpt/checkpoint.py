@@ -36,7 +36,8 @@ MANIFEST = "manifest.json"
 STATE = "state.safetensors"
 VERSION = 1
 
-_LEFTOVER = re.compile(r"\..*\.[0-9a-f]{16}|\.step-\d+\.(partial|old)")
+# atomic_write's temporary files, safetensors' own beside them, and directories of checkpoints.
+_LEFTOVER = re.compile(r"\..*\.[0-9a-f]{16}|\.tmp[A-Za-z0-9]{6}|\.step-\d+\.(partial|old)")
 _DCP = "torch.distributed.checkpoint"
 _METADATA_CLASSES = {
     ("pathlib", "PosixPath"),

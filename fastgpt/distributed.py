@@ -112,7 +112,7 @@ class Engine:
         elif kind == "ddp":
             ids = [world.device.index] if world.device.type == "cuda" else None
             self._ddp = nn.parallel.DistributedDataParallel(
-                _Loss(model), device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+                _Loss(model), device_ids=ids, gradient_as_bucket_view=True
             )
             self.loss = self._ddp
         else:

@@ -31,7 +31,7 @@ class Updater:
     Args:
         model: those of its parameters that require a gradient are updated.
         masters: keep an fp32 copy of each parameter, gather gradients in fp32 and round the copy into the parameter after each
-            update. bf16 parameters need it: an update below 1/256 of a weight would be lost.
+            update. The parameters may then become bf16, where an update below 1/256 of a weight would be lost.
         lr: a number, or a tensor on the device where the step is captured in a CUDA graph.
     """
 
@@ -47,7 +47,7 @@ class Updater:
         if not named:
             raise ValueError("the model has no parameter that requires a gradient")
         self.parameters = list(named.values())
-        self.masters = [p.detach().clone().float() for p in self.parameters] if masters else None
+        self.masters = [p.detach().float().clone() for p in self.parameters] if masters else None
         self.updated = self.parameters if self.masters is None else self.masters
         device = self.updated[0].device
         self.optimizer = torch.optim.AdamW(

@@ -96,12 +96,12 @@ class Trainer:
         if settings.recompute:
             for block in model.trf_blocks:
                 block.forward = _Recomputed(block.forward)
-        if pure and world.size == 1:
-            model.to(torch.bfloat16)
         self.engine = Engine(model, world, settings.parallel, half=pure)
         lr = torch.tensor(settings.lr, device=model.device) if settings.cuda_graph else settings.lr
         betas = (settings.beta1, settings.beta2)
         self.updater = Updater(model, settings.weight_decay, betas, lr, masters=pure and world.size == 1)
+        if self.updater.masters is not None:
+            model.to(torch.bfloat16)  # in place, after the copies were made of what had not been rounded
         self.graph = CapturedStep(self._train_on, model.device) if settings.cuda_graph else None
         self.log_every = settings.log_every or (10 if cuda else 1)
         gpu = torch.cuda.get_device_name(model.device) if cuda else None

@@ -6,12 +6,15 @@ import dataclasses
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,23 +22,24 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from models import tiny_config, tiny_model
 from torch import Tensor, nn
 
-from fastgpt import GPTModel, checkpoint, lora, weights
+from fastgpt import GPTModel, checkpoint, lora, use_backend, weights
 from fastgpt.checkpoint import STATE, CheckpointError
 from fastgpt.config import PRESETS, TokenIdError
 from fastgpt.data import TokenStream
-from fastgpt.distributed import World
-from fastgpt.optimizer import Updater, configure_optimizers, optimizer_groups
+from fastgpt.optimizer import configure_optimizers, optimizer_groups
 from fastgpt.progress import CURVE, LOG, flops_per_token, peak_flops, summary
 from fastgpt.settings import RunSettings, TrainSettings, read_toml, to_toml
-from fastgpt.shards import read_shard, write_shard, Tokens
+from fastgpt.shards import Tokens, read_shard, write_shard
 from fastgpt.tokenizer import SymbolTokenizer, load_tokenizer
 from fastgpt.training import NonFiniteLoss, Trainer, new_model
 
+ROOT = Path(__file__).parent.parent
 TOKENIZER = SymbolTokenizer("char", [chr(33 + n) for n in range(101)])
 TOKENS = np.random.default_rng(1).integers(0, 101, 1200).astype(np.uint16)
 FAST = {
@@ -122,14 +126,14 @@ class Plain(nn.Module):
                 mine[f"{ours}ln2.{kind}"] = state[f"{theirs}norm2.{norm}"]
         self.load_state_dict(mine)
 
-    def forward(self, idx: Tensor) -> Tensor:
+    def forward(self, idx: Tensor, drop: float = 0.0) -> Tensor:
         T = idx.shape[1]
         mask = torch.ones(T, T, dtype=torch.bool).triu(1)
-        x = self.wte(idx) + self.wpe.weight[:T]
+        x = F.dropout(self.wte(idx) + self.wpe.weight[:T], drop)
         for block in self.blocks:
             y = block["ln1"](x)
-            x = x + block["attention"](y, y, y, attn_mask=mask, need_weights=False)[0]
-            x = x + block["down"](F.gelu(block["up"](block["ln2"](x)), approximate="tanh"))
+            x = x + F.dropout(block["attention"](y, y, y, attn_mask=mask, need_weights=False)[0], drop)
+            x = x + F.dropout(block["down"](F.gelu(block["up"](block["ln2"](x)), approximate="tanh")), drop)
         return self.ln(x) @ self.wte.weight.T
 
 
@@ -386,6 +390,7 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path):
     (tmp_path / "checkpoints" / ".step-00000004.partial" / STATE).write_bytes(b"half")
     (tmp_path / "checkpoints" / ".step-00000001.old").mkdir()
     (tmp_path / ".model.safetensors.0123456789abcdef").write_bytes(b"half")
+    (tmp_path / ".tmpNHS7hy").write_bytes(b"half")
     (tmp_path / ".mine").write_bytes(b"not the run's")
     again = trainer(tmp_path, max_steps=2)
     again.resume()
@@ -665,3 +670,408 @@ def test_text_of_another_vocabulary_is_refused_before_any_step(tmp_path):
             tiny_model(), TOKENIZER, TokenStream(np.arange(-1, 101), 16, 2), good, TrainSettings(), tmp_path / "run"
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_twenty_kills_change_nothing(tmp_path):
+    """SIGKILL at twenty random moments: the weights are those of a run that was never stopped, bit for bit."""
+    paths = (ROOT, ROOT / "kernels", ROOT / "tests")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "killed_runs.py"), str(tmp_path), "20"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=400, check=True)
+    result = json.loads(done.stdout)
+    assert result["statuses"] == [signal.SIGKILL] * 20 + [0, 0], done.stderr
+    assert 0 < result["reached"][-1] < result["steps"]
+    assert any(name.endswith(".partial") for name in result["leftovers"])  # it was killed inside a checkpoint
+    states = [checkpoint.place(tmp_path / name, result["steps"]) / STATE for name in ("killed", "straight")]
+    assert states[0].read_bytes() == states[1].read_bytes()
+    models = [safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("killed", "straight")]
+    assert equal(*models)
+    logs = [(tmp_path / name / LOG).read_text().splitlines() for name in ("killed", "straight")]
+    entries = [[(entry["step"], entry.get("loss")) for entry in map(json.loads, lines)] for lines in logs]
+    assert entries[0] == entries[1]
+    assert not list((tmp_path / "killed").rglob(".*"))
+
+
+def test_the_command_is_killed_and_resumed(tmp_path):
+    """One real SIGKILL of `fastgpt train`; then the same command with --resume alone, and SIGTERM, which exits 0."""
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog.\n" * 60, encoding="utf-8")
+    out = tmp_path / "run"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels"))), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fastgpt", "train", str(tmp_path / "text.txt"), "--out", str(out)]
+    small = ["--tokenizer", "char", "--layers", "1", "--heads", "2", "--width", "32", "--context", "16"]
+    small += ["--batch-size", "4", "--max-steps", "1000000", "--checkpoint-every", "3"]
+
+    def until(more_than: int, arguments: list[str], number: int) -> tuple[int, str]:
+        process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and process.poll() is None and checkpoint.steps(out)[-1:] <= [more_than]:
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=100)
+        return process.returncode, error.decode()
+
+    assert until(3, small, signal.SIGKILL)[0] == -signal.SIGKILL
+    reached = checkpoint.steps(out)[-1]
+    status, error = until(reached, ["--resume"], signal.SIGTERM)
+    assert status == 0
+    assert "stopped by SIGTERM at step" in error
+    assert "Traceback" not in error
+    manifest = checkpoint.read_manifest(out)
+    assert manifest["step"] > reached
+    steps = [entry["step"] for entry in map(json.loads, (out / LOG).read_text().splitlines()) if "loss" in entry]
+    assert steps == list(range(1, manifest["step"] + 1))
+    assert (manifest["settings"]["tokenizer"], manifest["settings"]["width"]) == ("char", 32)
+
+
+# Ways to compute a step.
+
+
+@pytest.mark.parametrize(
+    "changes", [{"accumulate": 3}, {"recompute": True}, {"accumulate": 3, "recompute": True}], ids=str
+)
+def test_memory_is_saved_without_changing_the_losses(tmp_path, changes):
+    straight = trainer(tmp_path / "a", tiny_model(), validate_every=12)
+    other = trainer(tmp_path / "b", tiny_model(), validate_every=12, **changes)
+    assert straight.run() is other.run() is None
+    for (*where, loss), (*there, expected) in zip(losses(other), losses(straight), strict=True):
+        assert where == there
+        assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_recomputed_blocks_draw_the_same_dropout_and_keep_less(tmp_path):
+    runs = {
+        on: trainer(tmp_path / str(on), tiny_model(drop_rate=0.3), recompute=on, max_steps=4) for on in (False, True)
+    }
+    kept = {}
+    for on, run in runs.items():
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.numel()), t)[1], lambda t: t):
+            run.model.train()
+            run.engine.loss(*run.data.batch(0))
+        kept[on] = sum(sizes)
+        run.run()
+    assert losses(runs[True]) == losses(runs[False])
+    assert equal(values(runs[True].model), values(runs[False].model))
+    assert kept[True] < 0.5 * kept[False]
+
+
+def test_dropout_is_dropout_on_average(tmp_path):
+    """The mean of many first losses with dropout is that of a plain model with nn.Dropout's masks, within their spread."""
+    model = tiny_model(drop_rate=0.2, attn_drop_rate=0.0, tie_weights=True)
+    run = trainer(tmp_path, model)
+    inputs, targets = run.data.batch(0)
+    plain = Plain(model)
+    ours, theirs = [], []
+    model.train()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        ours.append(model.loss(inputs, targets).item())
+        torch.manual_seed(1000 + seed)
+        theirs.append(F.cross_entropy(plain(inputs, 0.2).flatten(0, 1), targets.flatten()).item())
+    spread = math.sqrt(np.var(ours) / 60 + np.var(theirs) / 60)
+    assert abs(np.mean(ours) - np.mean(theirs)) < 4 * spread
+    assert np.std(ours) == pytest.approx(np.std(theirs), rel=0.5)
+    quiet = F.cross_entropy(plain(inputs).flatten(0, 1), targets.flatten()).item()
+    assert abs(quiet - np.mean(ours)) > 4 * spread
+
+
+def test_pure_bfloat16_follows_wide_copies(tmp_path):
+    """Each update against AdamW in fp32 on the gradients that the bf16 model gives, written out."""
+    model = tiny_model(tie_weights=True)
+    run = trainer(
+        tmp_path, model, dtype="pure-bfloat16", max_steps=8, lr=1e-4, warmup_steps=0, weight_decay=0.0, grad_clip=0
+    )
+    wide = {name: p.detach().float().clone() for name, p in tiny_model(tie_weights=True).named_parameters()}
+    first, second = ({name: torch.zeros_like(p) for name, p in wide.items()} for _ in range(2))
+    twin = tiny_model(tie_weights=True).bfloat16()
+    for step in range(8):
+        twin.load_state_dict({name: p.bfloat16() for name, p in wide.items()}, strict=False)
+        loss = twin.train().loss(*run.data.batch(step))
+        gradients = torch.autograd.grad(loss, list(twin.parameters()))
+        for (name, p), g in zip(wide.items(), gradients, strict=True):
+            g = g.float()
+            first[name].mul_(0.9).add_(g, alpha=0.1)
+            second[name].mul_(0.95).add_(g * g, alpha=0.05)
+            rate = run.settings.lr_at(step)
+            p -= (
+                rate
+                * (first[name] / (1 - 0.9 ** (step + 1)))
+                / ((second[name] / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8)
+            )
+    run.run()
+    assert {p.dtype for p in run.model.parameters()} == {torch.bfloat16}
+    state = run.updater.tensors()
+    moved = 0
+    for name, p in run.model.named_parameters():
+        torch.testing.assert_close(state[f"master.{name}"], wide[name], rtol=1e-4, atol=2e-6)
+        assert torch.equal(p, state[f"master.{name}"].bfloat16())
+        moved += int((p == tiny_model(tie_weights=True).get_parameter(name).bfloat16()).sum())
+    # The rate is so small that bf16 parameters alone would have stood still in most places.
+    assert moved > 0.2 * sum(p.numel() for p in run.model.parameters())
+    resumed = trainer(
+        tmp_path,
+        tiny_model(1, tie_weights=True),
+        dtype="pure-bfloat16",
+        max_steps=8,
+        lr=1e-4,
+        **{"warmup_steps": 0, "weight_decay": 0.0, "grad_clip": 0.0},
+    )
+    resumed.resume()
+    assert all(torch.equal(a, b) for a, b in zip(resumed.updater.tensors().values(), state.values(), strict=True))
+
+
+def test_a_padded_vocabulary_changes_nothing_and_is_not_saved(tmp_path):
+    saved = []
+    for multiple in (1, 128):
+        model = tiny_model(tie_weights=True)
+        wide = new_model(tiny_config(tie_weights=True, vocab_multiple=multiple), 0, torch.device("cpu"))
+        for name, tensor in model.state_dict().items():
+            wide.state_dict()[name][: len(tensor)] = tensor
+        run = trainer(tmp_path / str(multiple), wide, sample_every=6)
+        run.run()
+        assert run.model.tok_emb.weight.shape[0] == (101 if multiple == 1 else 128)
+        saved.append((losses(run), values(GPTModel.from_pretrained(tmp_path / str(multiple)))))
+    assert [loss for *_, loss in saved[0][0]] == pytest.approx([loss for *_, loss in saved[1][0]], rel=1e-5)
+    with safetensors.safe_open(tmp_path / "128" / "model.safetensors", "pt") as file:
+        assert file.get_slice("transformer.wte.weight").get_shape() == [101, 32]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cuda_graph": True}, "cuda_graph needs one process on a CUDA device, got 1 on cpu"),
+        ({"batch_size": 4}, "data has batches of 3 rows, settings.batch_size is 4"),
+        ({"tensorboard": True}, "--tensorboard was asked for, but tensorboard isn't installed"),
+        ({"wandb": "project"}, "--wandb was asked for, but wandb isn't installed"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    stream = TokenStream(TOKENS[:1000], 16, 3)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Trainer(tiny_model(), TOKENIZER, stream, stream, TrainSettings(**{**FAST, **changes}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_parameters_must_be_wide_when_training_begins(tmp_path):
+    with pytest.raises(ValueError, match=r"parameters must be float32 .*bfloat16"):
+        trainer(tmp_path, tiny_model().bfloat16())
+
+
+def test_ids_of_a_mapped_file_are_checked_batch_by_batch(tmp_path):
+    TOKENS.tofile(tmp_path / "a.bin")
+    bad = TOKENS.copy()
+    bad[40:60] = 101
+    write_shard(tmp_path / "b.bin", bad, np.array([0]), 101)
+    good = TokenStream(TOKENS, 16, 3)
+    for name, raises in (("a.bin", False), ("b.bin", True)):
+        stream = TokenStream(Tokens([read_shard(tmp_path / name)]), 16, 3)
+        run = Trainer(
+            tiny_model(), TOKENIZER, stream, good, TrainSettings(**{**FAST, "max_steps": 30}), tmp_path / name[0]
+        )
+        if raises:
+            with pytest.raises(TokenIdError, match=r"step \d+ has token ids up to 101, the model a vocabulary of 101"):
+                run.run()
+        else:
+            run.run()
+    write_shard(tmp_path / "c.bin", TOKENS, np.array([0]), 500)
+    stream = TokenStream(Tokens([read_shard(tmp_path / "c.bin")]), 16, 3)
+    with pytest.raises(TokenIdError, match="data has token ids 0 to 499, the model a vocabulary of 101"):
+        Trainer(tiny_model(), TOKENIZER, stream, good, TrainSettings(**FAST), tmp_path / "c")
+
+
+def test_losses_read_late_are_the_same(tmp_path):
+    """As on a GPU, where reading waits: every tenth step here, and before each validation and checkpoint."""
+    runs = [trainer(tmp_path / str(every), log_every=every) for every in (1, 10)]
+    for run in runs:
+        run.run()
+    assert losses(runs[0]) == losses(runs[1])
+    late = trainer(tmp_path / "nan", log_every=4, checkpoint_every=3)
+    with pytest.raises(NonFiniteLoss, match=r"step \d: .*step-00000003"):
+        late.run(at_step(3, lambda: late.model.final_norm.scale.data.fill_(math.nan)))
+    assert checkpoint.steps(tmp_path / "nan") == [3]
+
+
+# Schedules, settings, reports.
+
+
+def test_warmup_stable_decay():
+    settings = TrainSettings(
+        schedule="wsd", lr=1.0, warmup_steps=10, max_steps=100, decay_fraction=0.2, min_lr_ratio=0.1
+    )
+    expected = {0: 0.1, 9: 1.0, 10: 1.0, 79: 1.0, 80: 1.0, 90: 0.55, 95: 0.325, 100: 0.1, 200: 0.1}
+    assert {step: settings.lr_at(step) for step in expected} == pytest.approx(expected, rel=1e-12)
+    assert dataclasses.replace(settings, decay_fraction=0.0).lr_at(99) == 1.0
+    # What makes it worth having: a longer run goes on from the stable part as if it had been planned.
+    longer = dataclasses.replace(settings, max_steps=1000)
+    assert all(settings.lr_at(step) == longer.lr_at(step) for step in range(80))
+
+
+def test_settings_survive_toml(tmp_path):
+    settings = RunSettings(
+        max_steps=7,
+        lr=1e-05,
+        tf32=False,
+        sample_prompt='a "quoted"\n\\ \x7f é 🙂',
+        validation=("a b.txt", "c"),
+        wandb="x",
+    )
+    (tmp_path / "s.toml").write_text(to_toml(settings), encoding="utf-8")
+    assert RunSettings(**read_toml(tmp_path / "s.toml", RunSettings)) == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr = 'x'", "lr must be float, got 'x'"),
+        ("lr = -1", "lr must be over 0, got -1"),
+        ("tf32 = 1", "tf32 must be bool, got 1"),
+        ("max-steps = true", "max_steps must be int, got True"),
+        ("validation = [1]", "validation must hold strings"),
+        ("rl = 1", "unknown option 'rl'"),
+        ("import os", "is not TOML"),
+        ("schedule = 'linear'", "schedule must be one of cosine, wsd, got 'linear'"),
+    ],
+)
+def test_bad_toml_is_named(tmp_path, text, message):
+    (tmp_path / "s.toml").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        read_toml(tmp_path / "s.toml", RunSettings)
+    assert "s.toml" in str(caught.value)
+
+
+def test_settings_that_contradict_each_other():
+    with pytest.raises(ValueError, match="cuda_graph can't be combined with recompute"):
+        TrainSettings(cuda_graph=True, recompute=True)
+    with pytest.raises(ValueError, match="batch_size must be a multiple of accumulate, got 8 rows in 3 micro-batches"):
+        TrainSettings(accumulate=3)
+    with pytest.raises(TypeError, match="lr must be float, got '1'"):
+        TrainSettings(lr="1")
+
+
+def test_what_does_not_change_the_result_may_change_on_resuming(finished):
+    run = trainer(finished, accumulate=3, recompute=True, keep=5, sample_every=3, max_steps=4, log_every=2)
+    run.resume()
+    run.run()
+    assert [entry["step"] for entry in run.log if "sample" in entry] == [3]
+
+
+def test_samples_are_text_by_the_model(tmp_path):
+    run = trainer(tmp_path, sample_every=6, sample_prompt="!#", sample_tokens=5)
+    run.run()
+    samples = {entry["step"]: entry["sample"] for entry in run.log if "sample" in entry}
+    assert samples.keys() == {6, 12}
+    generator = torch.Generator().manual_seed(11)
+    idx = torch.tensor([TOKENIZER.encode("!#")])
+    ids = run.model.generate(idx, 5, temperature=0.8, top_k=101, generator=generator)
+    assert samples[12] == TOKENIZER.decode(ids[0].tolist())
+
+
+def test_mfu_is_by_llmc_s_convention(tmp_path):
+    # facts of llm.c's train_gpt2.cu: 6 N + 6 L C T for 124,439,808 parameters at T = 1024
+    assert flops_per_token(PRESETS["gpt2"]) == 6 * 124_439_808 + 6 * 12 * 768 * 1024
+    assert peak_flops(TrainSettings(), "NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops(TrainSettings(), "NVIDIA A100-SXM4-40GB") == 312e12
+    assert peak_flops(TrainSettings(), "Some other GPU") is peak_flops(TrainSettings(), None) is None
+    run = trainer(tmp_path, tiny_model(), peak_tflops=0.001, max_steps=4)
+    run.run()
+    for entry in run.log:
+        if "loss" in entry:
+            expected = entry["tokens_per_second"] * flops_per_token(run.model.config) / 1e9
+            assert entry["mfu"] == pytest.approx(expected, abs=1e-4, rel=1e-3)
+
+
+def test_the_summary_is_of_the_log():
+    entries: list[dict[str, Any]] = [
+        {"step": i, "loss": float(i), "tokens_per_second": 10.0 * i, "mfu": 0.1 * i} for i in range(1, 8)
+    ]
+    entries += [{"step": 3, "validation_loss": 0.5}, {"step": 7, "validation_loss": 0.75}]
+    found = summary(entries)
+    assert (found["steps"], found["loss_of_last_100_steps"], found["tokens_per_second"]) == (7, 4.0, 50.0)
+    assert (found["validation_loss"], found["best_validation_loss"], found["best_step"]) == (0.75, 0.5, 3)
+    assert summary([]) == {"steps": 0}
+
+
+def test_tensorboard_gets_every_number(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = trainer(tmp_path, tiny_model(), tensorboard=True, max_steps=3, sample_every=2)
+    run.run()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    logged = [(scalar.step, pytest.approx(scalar.value, rel=1e-6)) for scalar in events.Scalars("loss")]
+    assert [(entry["step"], entry["loss"]) for entry in run.log if "loss" in entry] == logged
+    assert "validation_loss" in events.Tags()["scalars"]
+
+
+def test_wandb_gets_every_number(tmp_path, monkeypatch):
+    """What is asked of the library, with a stand-in for it: the real one wants the network."""
+    logged: list[tuple[int, dict[str, Any]]] = []
+
+    class Run:
+        def log(self, values: dict[str, Any], step: int) -> None:
+            logged.append((step, values))
+
+        def finish(self) -> None:
+            logged.append((-1, {}))
+
+    stand_in = types.ModuleType("wandb")
+    stand_in.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    asked: dict[str, Any] = {}
+    stand_in.init = lambda **options: (asked.update(options), Run())[1]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    run = trainer(tmp_path, tiny_model(), wandb="project", max_steps=2)
+    run.run()
+    assert (asked["project"], asked["config"]["lr"]) == ("project", 3e-3)
+    assert [step for step, _ in logged] == [1, 2, 2, -1]
+    assert logged[0][1]["loss"] == run.log[0]["loss"]
+
+
+def test_configure_optimizers_is_nanogpts(tmp_path):
+    model = GPTModel(tiny_config(tie_weights=True))
+    optimizer = configure_optimizers(model, 0.1, 6e-4, (0.9, 0.95), "cpu")
+    assert [(group["weight_decay"], group["lr"], group["betas"]) for group in optimizer.param_groups] == [
+        (0.1, 6e-4, (0.9, 0.95)),
+        (0.0, 6e-4, (0.9, 0.95)),
+    ]
+    assert optimizer.defaults["fused"]
+    sizes = [sum(p.numel() for p in group["params"]) for group in optimizer.param_groups]
+    assert sum(sizes) == sum(p.numel() for p in model.parameters())
+
+
+def test_adapters_train_alone_and_are_merged_where_the_model_is_saved(tmp_path):
+    pytest.importorskip("peft", reason="needs peft")
+    model = tiny_model(tie_weights=True)
+    before = values(model)
+    lora.add_lora(model, 4, 8.0)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 4 * 2  # layers, projections, A and B
+    run = trainer(tmp_path, model, lr=1e-2)
+    run.run()
+    idx = torch.arange(16)[None]
+    loaded = GPTModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(idx), run.model.eval()(idx), rtol=1e-4, atol=1e-4)
+    after = values(loaded)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {f"trf_blocks.{i}.att.{part}.weight" for i in (0, 1) for part in lora.TARGETS}
+    again = tiny_model(1, tie_weights=True)
+    lora.add_lora(again, 4, 8.0)
+    resumed = trainer(tmp_path, again, lr=1e-2)
+    resumed.resume()
+    assert torch.equal(resumed.model.eval()(idx), run.model(idx))
+
+
+def test_the_trainer_runs_the_kernels(tmp_path):
+    """The Triton path, in the interpreter where there is no GPU: the same losses as the reference path's."""
+    pytest.importorskip("triton", reason="needs triton")
+    runs = []
+    for backend in ("reference", "triton"):
+        with use_backend(backend):
+            run = trainer(
+                tmp_path / backend, tiny_model(n_layers=1), max_steps=5, validate_every=5, validation_batches=1
+            )
+            run.run()
+        runs.append([loss for *_, loss in losses(run)])
+    assert runs[1] == pytest.approx(runs[0], rel=1e-4)
+    assert runs[1] != runs[0]
