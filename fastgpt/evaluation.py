@@ -19,12 +19,13 @@ WINDOWS_PER_BATCH = 8  # logits of 8 windows of 1024 and GPT-2's vocabulary are 
 class Evaluation(NamedTuple):
     """bits_per_byte: what the text costs under the model, separators between documents included, over its UTF-8 bytes.
     perplexity: exp of the mean loss a token. bytes: of the text. tokens: predicted; all, but for the first of a tokenizer that
-    has no "<|endoftext|>" to predict it from."""
+    has no "<|endoftext|>" to predict it from. bytes_per_token: of the tokenizer on this text, separators not counted."""
 
     bits_per_byte: float
     perplexity: float
     bytes: int
     tokens: int
+    bytes_per_token: float
 
 
 @torch.no_grad()
@@ -74,7 +75,9 @@ def evaluate(model: GPTModel, tokenizer: Tokenizer, documents: list[str], stride
     predicted = len(ids) - 1
     mean = nats / predicted
     perplexity = math.inf if mean > 700 else math.exp(mean)  # exp overflows a float at 709.8
-    return Evaluation(nats / math.log(2) / size, perplexity, size, predicted)
+    separators = 0 if tokenizer.end_of_text is None else len(documents) + 1
+    per_token = size / (len(tokens) - separators)
+    return Evaluation(nats / math.log(2) / size, perplexity, size, predicted, per_token)
 
 
 def _windows(count: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:

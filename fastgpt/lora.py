@@ -13,7 +13,7 @@ TARGETS = ("W_query", "W_key", "W_value", "out_proj")
 def add_lora(model: nn.Module, rank: int, alpha: float) -> None:
     """Freeze the model and put adapters beside the attention's projections, in place. ValueError where PEFT isn't installed."""
     if importlib.util.find_spec("peft") is None:
-        raise ValueError("lora_rank was asked for, but peft isn't installed: pip install peft")
+        raise ValueError("lora_rank was asked for, but peft isn't installed: pip install 'fastgpt-triton[lora]'")
     from peft import LoraConfig, inject_adapter_in_model
 
     # PEFT types alpha as int, and divides by it as it is.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt.data import TokenStream, encode_documents, expand, read_text, split_validation
+from fastgpt.data import TokenStream, encode_documents, encode_with_starts, expand, read_text, split_validation
 from fastgpt.tokenizer import BytePairTokenizer, SymbolTokenizer
 
 BYTES = {bytes([b]): b for b in range(256)}
@@ -187,3 +187,78 @@ def test_directories_become_their_files_in_order(tmp_path):
     assert files == ["z/a.txt", "z/b.txt", "z/deep/c.txt", "a.txt"]
     with pytest.raises(FileNotFoundError, match=r"no file or directory at '.*missing'"):
         expand([tmp_path / "a.txt", tmp_path / "missing"])
+
+
+# Documents apart.
+
+LENGTHS = [1, 5, 17, 0, 40, 2, 16, 33, 1]  # with a context of 16: 0, 1, 1, 0, 3, 1, 1, 2, 0 rows
+
+
+def apart(batch_size: int = 1, seed: int = 0) -> TokenStream:
+    starts = np.cumsum([0, *LENGTHS[:-1]])
+    return TokenStream(np.arange(1, sum(LENGTHS) + 1), context=16, batch_size=batch_size, seed=seed, starts=starts)
+
+
+def test_rows_hold_one_document_each_and_all_of_them():
+    stream = apart()
+    assert stream.blocks_per_epoch == 9
+    expected, first = set(), 1
+    for length in LENGTHS:
+        document = list(range(first, first + length))
+        for start in range(0, max(length - 1, 0), 16):
+            expected.add(tuple(document[start : start + 17]))
+        first += length
+    for number in range(3):
+        seen = set()
+        for step in range(9 * number, 9 * number + 9):
+            inputs, targets = (row[0] for row in stream.batch(step))
+            kept = int((targets != -100).sum())
+            assert inputs[kept:].tolist() == [0] * (16 - kept)
+            assert (targets[kept:] == -100).all()
+            assert inputs[1:kept].tolist() == targets[: kept - 1].tolist()
+            seen.add((*inputs[:kept].tolist(), int(targets[kept - 1])))
+        assert seen == expected
+
+
+def test_documents_apart_come_in_an_order_of_their_own_each_epoch():
+    orders = {
+        tuple(int(apart(1, seed).batch(step)[0][0, 0]) for step in range(9 * e, 9 * e + 9))
+        for e in (0, 1)
+        for seed in (0, 1)
+    }
+    assert len(orders) == 4
+    assert [row.tolist() for row in apart(3).batch(4)[0]] == [
+        apart().batch(step)[0][0].tolist() for step in (12, 13, 14)
+    ]
+
+
+def test_rows_are_parts_of_the_batch():
+    for stream in (apart(6), TokenStream(np.arange(300), 8, 6, seed=2)):
+        whole = stream.batch(7)
+        parts = [stream.rows(7, first, first + 2) for first in (0, 2, 4)]
+        for i in (0, 1):
+            assert torch.equal(torch.cat([part[i] for part in parts]), whole[i])
+
+
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        ([], "must ascend from 0"),
+        ([1, 2], "must ascend from 0"),
+        ([0, 5, 3], "must ascend from 0"),
+        ([0, 11], "a document begins at 11, after the last of 10 tokens"),
+        (list(range(10)), "none of 10 documents has two tokens"),
+    ],
+)
+def test_bad_starts_are_named(starts, message):
+    with pytest.raises(ValueError, match=message):
+        TokenStream(np.arange(10), 4, 1, starts=np.array(starts, dtype=np.int64))
+
+
+def test_documents_with_their_starts():
+    pairs = BytePairTokenizer.from_ranks(BYTES)
+    tokens, starts = encode_with_starts(pairs, ["ab", "", "c"])
+    assert tokens.tolist() == encode_documents(pairs, ["ab", "", "c"]).tolist()
+    assert starts.tolist() == [0, 3, 4]
+    tokens, starts = encode_with_starts(pairs, [])
+    assert (tokens.tolist(), starts.tolist()) == ([], [])

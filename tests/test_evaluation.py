@@ -54,6 +54,7 @@ def test_the_cost_is_the_sum_over_windows(stride, batch, tmp_path, monkeypatch):
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=2e-5)
     assert result.perplexity == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=2e-4)
     assert (result.bytes, result.tokens) == (size, len(ids) - 1)
+    assert result.bytes_per_token == pytest.approx(size / sum(len(PLAIN.encode(document)) for document in DOCUMENTS))
 
 
 @pytest.mark.parametrize("length", [2, 15, 16, 17, 18, 24, 25, 33])

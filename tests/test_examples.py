@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -17,7 +19,9 @@ ROOT = Path(__file__).parent.parent
 def run(*arguments: str, cwd: Path) -> str:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
     command = [sys.executable, str(ROOT / "examples" / arguments[0]), *arguments[1:]]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=env, cwd=cwd).stdout
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_attention_map(tmp_path):
@@ -74,6 +78,54 @@ def test_huggingface_swap(tmp_path):
     assert "same greedy tokens: True" in text
     rows = [line.split() for line in text.splitlines() if line.startswith(("training step", "generation"))]
     assert [len([word for word in row if word.endswith("x")]) for row in rows] == [2, 2]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog.\n" * 200, encoding="utf-8")
+    return str(path)
+
+
+def test_pretrain_text(text, tmp_path):
+    printed = run("pretrain_text.py", text, "run", "--max-steps", "40", "--context", "16", cwd=tmp_path)
+    assert "'validation_loss'" in printed
+    assert len(printed.splitlines()[-1]) > 10
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    losses = [entry["loss"] for entry in map(json.loads, log) if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("rank", ["0", "4"])
+def test_finetune(text, tmp_path, rank):
+    if rank != "0":
+        pytest.importorskip("peft", reason="needs peft")
+    options = ["--max-steps", "12", "--context", "64", "--lora-rank", rank]
+    printed = run("finetune.py", text, "run", *options, cwd=tmp_path)
+    before, after = map(float, re.findall(r"(\d\.\d{4}) ", printed))
+    assert after < before
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_resume(tmp_path):
+    printed = run("resume.py", "out", cwd=tmp_path)
+    assert "stopped after step 35, resumed at step 35" in printed
+    assert "bit for bit the same: yes" in printed
+
+
+def test_train_two_processes(text, tmp_path):
+    options = ["--max-steps", "4", "--width", "32", "--parallel", "fsdp"]
+    printed = run("train_two_processes.py", text, "run", *options, cwd=tmp_path)
+    assert "on 2 x cpu" in printed
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (report["processes"], report["steps"]) == (2, 4)
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_classify_text(tmp_path):
+    printed = run("classify_text.py", "--max-steps", "25", cwd=tmp_path)
+    before, after = map(float, re.findall(r": (\d\.\d{3})", printed))
+    assert after > max(0.85, before + 0.1)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)

@@ -28,5 +28,5 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(result._asdict()))
     else:
         print(f"{result.bits_per_byte:.4f} bits per byte, perplexity {result.perplexity:.2f}")
-        print(f"{result.bytes:,} bytes in {result.tokens:,} tokens, {result.bytes / result.tokens:.2f} bytes a token")
+        print(f"{result.bytes:,} bytes in {result.tokens:,} tokens, {result.bytes_per_token:.2f} bytes a token")
     return 0
