@@ -2,7 +2,7 @@
 #
 #   make demo    the bundled model writes text; generation with and without the KV cache
 #   make test    the whole suite: reference, Triton interpreter, ahead-of-time compiling, and on a GPU the gpu lane
-#   make bench   benchmarks beside transformers and llms_from_scratch, where they are installed
+#   make bench   benchmarks beside transformers and llms_from_scratch; the report is out/bench/<machine>/report/report.md
 #   make lint    ruff and mypy
 
 PYTHON ?= python3
@@ -20,7 +20,7 @@ test: $(VENV)/.tested
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 bench: $(VENV)/.tested
-	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,max,rounds --benchmark-sort=fullname -s
+	$(BIN)/fastgpt bench
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

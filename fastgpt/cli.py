@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from fastgpt import __version__
-from fastgpt.commands import convert, demo, eval, generate, info, prepare, train
+from fastgpt.commands import bench, convert, demo, eval, generate, info, prepare, train
 
-COMMANDS = (demo, generate, train, prepare, eval, convert, info)
+COMMANDS = (demo, generate, train, prepare, eval, convert, info, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""Benchmarks beside the reference and peers; `python -m benchmarks --help`, or `pytest benchmarks`."""

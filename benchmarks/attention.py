@@ -1,0 +1,88 @@
+"""Causal attention at GPT-2's shapes. Bound by tensor cores: 4 B H T^2 D FLOPs forward and 10 backward, half of that for the
+causal mask; every operand read once, every result written once."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.harness import Absent, Work, needs_cuda
+from benchmarks.op import Draw, Op
+
+SIZES = {
+    "gpu": [
+        {"B": 16, "H": 12, "T": 1024, "D": 64},
+        {"B": 8, "H": 25, "T": 1024, "D": 64},
+        {"B": 4, "H": 12, "T": 4096, "D": 64},
+        {"B": 8, "H": 16, "T": 1024, "D": 128},
+    ],
+    "cpu": [{"B": 1, "H": 12, "T": 512, "D": 64}],
+    "dry": [{"B": 1, "H": 2, "T": 20, "D": 16}],
+}
+GROWTH = {
+    "gpu": {"T": (128, 256, 512, 1024, 2048), "B": (1, 4, 16, 64)},
+    "cpu": {"T": (128, 256, 1024)},
+}
+
+
+def work(products, read, written):
+    """products of [T, T] with D a head; tensors of [B, H, T, D] that are read and written."""
+
+    def of(s, b):
+        elements = s["B"] * s["H"] * s["T"] * s["D"] * b
+        flops = products * 2.0 * s["B"] * s["H"] * s["T"] ** 2 * s["D"] / 2
+        return Work(flops, read * elements, written * elements)
+
+    return of
+
+
+def inputs(size, draw: Draw):
+    """Queries, keys and values as slices of a packed projection, as the model has them."""
+    packed = draw.normal(size["B"], size["T"], 3, size["H"], size["D"])
+    return tuple(packed.permute(2, 0, 3, 1, 4).unbind(0))
+
+
+def sdpa(backend):
+    def make(case):
+        if backend is SDPBackend.CUDNN_ATTENTION:
+            needs_cuda("cuDNN")
+
+        def call(q, k, v):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        return call
+
+    return make
+
+
+def written_out(case):
+    """The formula with its [T, T] matrix in memory, which is what models had before flash attention."""
+    if case.size["B"] * case.size["H"] * case.size["T"] ** 2 > 3e9:
+        raise Absent("its [T, T] matrices would be over 6 GB each")
+
+    def call(q, k, v):
+        T = q.shape[-2]
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+        scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, float("-inf"))
+        return scores.softmax(-1) @ v
+
+    return call
+
+
+ATTENTION = Op(
+    "attention",
+    inputs,
+    {"forward": work(2, 3, 1), "backward": work(5, 5, 3)},
+    SIZES,
+    gradients=(0, 1, 2),
+    growth=GROWTH,
+    peers={
+        "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
+        "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
+        "SDPA math": sdpa(SDPBackend.MATH),
+        "written out": written_out,
+    },
+)
+OPS = (ATTENTION,)

@@ -1,0 +1,93 @@
+"""The decode loop that a CUDA programmer writes by hand: cuBLAS, SDPA and a static KV cache, one step captured in a CUDA graph.
+
+A peer for generation, from the same weights, with nothing of fastgpt's decoding in it. Without a GPU (dry runs) the same step
+runs uncaptured.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt import GPTModel
+
+
+class GraphedLoop:
+    """generate(idx [B, T], n) -> [B, T + n], greedy, T + n at most the context."""
+
+    def __init__(self, model: GPTModel, batch: int) -> None:
+        config = self.config = model.config
+        weight = model.tok_emb.weight
+        options = {"device": weight.device, "dtype": weight.dtype}
+        shape = (config.n_layers, batch, config.n_heads, config.context_length, config.head_dim)
+        self.keys, self.values = torch.zeros(shape, **options), torch.zeros(shape, **options)
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=weight.device)
+        self.position = torch.zeros(1, dtype=torch.long, device=weight.device)
+        self.slots = torch.arange(config.context_length, device=weight.device)
+        self.wte, self.wpe, self.head = weight, model.pos_emb.weight, model.out_head.weight
+        self.final = model.final_norm
+        self.blocks = []
+        for block in model.trf_blocks:
+            att, up, down = block.att, block.ff.layers[0], block.ff.layers[2]
+            qkv = [(linear.weight, linear.bias) for linear in (att.W_query, att.W_key, att.W_value)]
+            packed = tuple(torch.cat(parts) for parts in zip(*qkv, strict=True))
+            self.blocks.append((block.norm1, packed, att.out_proj, block.norm2, up, down))
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def _forward(self, idx: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+        """Writes keys and values at `positions` [T]; -> ids [B, 1] of the likeliest next tokens."""
+        B, T = idx.shape
+        config = self.config
+        C, eps = config.emb_dim, config.norm_eps
+        x = F.embedding(idx, self.wte) + F.embedding(positions, self.wpe)
+        for layer, (norm1, packed, out, norm2, up, down) in enumerate(self.blocks):
+            y = F.layer_norm(x, (C,), norm1.scale, norm1.shift, eps)
+            q, k, v = F.linear(y, *packed).view(B, T, 3, config.n_heads, config.head_dim).permute(2, 0, 3, 1, 4)
+            keys, values = self.keys[layer], self.values[layer]
+            keys.index_copy_(2, positions, k)
+            values.index_copy_(2, positions, v)
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)
+            x = x + F.linear(y.transpose(1, 2).reshape(B, T, C), out.weight, out.bias)
+            y = F.layer_norm(x, (C,), norm2.scale, norm2.shift, eps)
+            y = F.gelu(F.linear(y, up.weight, up.bias), approximate="tanh")
+            x = x + F.linear(y, down.weight, down.bias)
+        x = F.layer_norm(x[:, -1:], (C,), self.final.scale, self.final.shift, eps)
+        return F.linear(x, self.head)[..., : config.vocab_size].argmax(-1)
+
+    def _step(self) -> None:
+        """One token: reads and writes `token` and `position`, so that it can be replayed."""
+        visible = (self.slots <= self.position)[None, None, None]
+        self.token.copy_(self._forward(self.token, self.position, visible))
+        self.position.add_(1)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        kept = self.token.clone(), self.position.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._step()
+                self.position.copy_(kept[1])
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        self.token.copy_(kept[0])
+        self.position.copy_(kept[1])
+        return graph
+
+    @torch.no_grad()
+    def generate(self, idx: Tensor, new_tokens: int) -> Tensor:
+        T = idx.shape[1]
+        positions = torch.arange(T, device=idx.device)
+        visible = (self.slots <= positions[:, None])[None, None]
+        self.token.copy_(self._forward(idx, positions, visible))
+        self.position.fill_(T)
+        if self.graph is None and idx.is_cuda:
+            self.graph = self._capture()
+        ids = [idx, self.token.clone()]
+        for _ in range(new_tokens - 1):
+            self._step() if self.graph is None else self.graph.replay()
+            ids.append(self.token.clone())
+        return torch.cat(ids, dim=1)[:, : T + new_tokens]

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# One stage on a GPU, from a bare checkout: bash benchmarks/on_gpu.sh STAGE [--again] [--dry-run]
+#
+#   floors    what the card can do: bandwidth, products, launches, graph nodes, grid barriers
+#   tests     the gpu lane, then the rest of the suite
+#   kernels   every op beside its peers, and how its time grows
+#   sweep     launch constants
+#   train     training steps, their memory
+#   decode    generation, time to the first token, the cost of one more token
+#   profile   steps by part, ncu on the kernels furthest from their floors; clocks as they are
+#
+# Records go to $OUT where it is set, else to benchmarks/results/<gpu>/. A stage stops by itself within nine minutes, leaves what it
+# has, and goes on there when it is called again; records of an earlier call in benchmarks/results/<gpu>/ are taken up.
+# --dry-run, without a GPU, runs the same code at tiny sizes in Triton's interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+stage=${1:?"usage: bash benchmarks/on_gpu.sh floors|tests|kernels|sweep|train|decode|profile [--again] [--dry-run]"}
+shift
+python=${PYTHON:-python3}
+export PYTHONPATH=.:kernels PYTHONUNBUFFERED=1
+dry=
+for option in "$@"; do
+  case $option in
+    --dry-run) dry=--dry-run TRITON_INTERPRET=1 && export TRITON_INTERPRET ;;
+    --again) ;;
+    *) echo "unknown option $option" >&2 && exit 2 ;;
+  esac
+done
+
+machine=$("$python" -c 'from benchmarks.record import machine_name; print(machine_name())')
+kept=benchmarks/results/$machine
+[ -n "$dry" ] && kept=$(mktemp -d)/$machine
+out=${OUT:-$kept}
+mkdir -p "$out" && rm -f "$out/$stage.log"
+for file in floors "$stage" $([ "$stage" = profile ] && echo kernels); do # what was measured before: gone on with, or read
+  if [ "$out" != "$kept" ] && [ -f "$kept/$file.json" ] && [ ! -f "$out/$file.json" ]; then cp "$kept/$file.json" "$out/"; fi
+done
+
+suite() { # benchmarks of a group, within so many seconds; in a new process where one lost the device
+  local left keep=
+  while left=$(($2 - SECONDS)) && [ "$left" -gt 20 ]; do
+    status=0
+    timeout $((left + 50)) "$python" -m pytest benchmarks --only="$1" --minutes="$((left / 60)).$((left % 60 * 10 / 60))" --out="$out" \
+      --no-report --quiet --benchmark-quiet -p no:cacheprovider --tb=line $keep "${@:3}" >>"$out/$stage.log" 2>&1 || status=$?
+    [ $status = 77 ] || break
+    keep=--keep-failures
+  done
+  grep -E '^(FAILED|ERROR|[0-9]+ (passed|failed|skipped))' "$out/$stage.log" | cut -c1-200 || true
+  "$python" -m benchmarks.report "$out" --summary "$1"
+}
+
+status=0
+case $stage in
+  floors) "$python" -m benchmarks.floors --out "$out" "$@" ;;
+  tests)
+    limit=400 lane=(tests) rest=(tests)
+    [ -n "$dry" ] && lane=(tests/kernels/test_gelu.py) && rest=(tests/test_sampling.py)
+    timeout "$limit" "$python" -m pytest "${lane[@]}" -m gpu --quiet --tb=short -p no:cacheprovider >"$out/tests-gpu.log" 2>&1 || status=$?
+    [ $status = 5 ] && status=0 # nothing collected
+    timeout $((520 - limit)) "$python" -m pytest "${rest[@]}" -m "not gpu" --quiet --tb=short -p no:cacheprovider \
+      >"$out/tests-rest.log" 2>&1 || { rest_status=$?; [ $status = 0 ] && status=$rest_status; }
+    tail -n 40 "$out/tests-gpu.log" | cut -c1-200
+    tail -n 15 "$out/tests-rest.log" | cut -c1-200
+    ;;
+  kernels) suite kernels 480 "$@" ;;
+  sweep) "$python" -m benchmarks.sweep --out "$out" --minutes 7 "$@" ;;
+  train) suite train 430 "$@" ;;
+  decode) suite decode 450 "$@" ;;
+  profile) timeout 520 "$python" -m benchmarks.profiling --out "$out" "$@" ;;
+  *) echo "unknown stage $stage" >&2 && exit 2 ;;
+esac
+exit $status

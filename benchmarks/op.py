@@ -1,0 +1,253 @@
+"""An op as data -> a Benchmark: its inputs, sizes, traffic and peers; this file makes providers and candidates of them.
+
+Every op has three providers for nothing: fastgpt (the Triton kernels on a GPU and in a dry run, elsewhere what the CPU runs),
+plain PyTorch (fastgpt.reference, eager) and the same under torch.compile. Peers are functions of a case that return a function
+of the op's inputs, or raise Absent.
+
+    forward    fn(*inputs) without gradients
+    backward   the gradients alone, of a graph made before, for a random incoming one
+    both       forward and gradients together, for an op that computes them at once
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import (
+    OURS,
+    Absent,
+    Benchmark,
+    Candidate,
+    Case,
+    Work,
+    check_close,
+    clock,
+    device,
+    looped,
+    needs_cuda,
+)
+from fastgpt import ops, reference, use_backend
+from fastgpt.ops import triton_unavailable
+
+PLAIN = "torch"
+COMPILED = "torch.compile"
+Function = Callable[..., Any]
+
+# Buffers in turn must be larger than the L2 together (50 MB on an H100), and few enough to be captured quickly.
+CACHE_BYTES = {"cuda": 200e6, "cpu": 16e6}
+MAX_BUFFERS = {"cuda": 256, "cpu": 16}
+
+
+class Draw:
+    """Random inputs on the benchmark's device; never zeros."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def normal(self, *shape: int, std: float = 1.0) -> Tensor:
+        return torch.randn(shape, device=device(), dtype=torch.float32).mul_(std).to(self.dtype)
+
+    def ids(self, limit: int, *shape: int) -> Tensor:
+        return torch.randint(limit, shape, device=device())
+
+
+@dataclass(frozen=True)
+class Op:
+    """inputs(size, draw) -> the op's tensors. gradients: indices of the inputs that have one.
+
+    work: mode -> (size, bytes of an element) -> Work. sizes: scale -> sizes; growth: scale -> what to vary about the first of
+    them. options: keywords of every call, of which `shown` name the case. peers: name -> case -> function. sync: providers that
+    read the device, so that no graph holds them.
+    """
+
+    name: str
+    inputs: Callable[[Mapping[str, int], Draw], tuple[Tensor, ...]]
+    work: Mapping[str, Callable[[Mapping[str, int], int], Work]]
+    sizes: Mapping[str, Sequence[Mapping[str, int]]]
+    gradients: tuple[int, ...] = ()
+    growth: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    shown: tuple[str, ...] = ("activation", "causal")
+    peers: Mapping[str, Callable[[Case], Function]] = field(default_factory=dict)
+    sync: frozenset[str] = frozenset()
+
+    @property
+    def benchmark(self) -> Benchmark:
+        names = (OURS, PLAIN, COMPILED, *self.peers)
+        providers = {name: functools.partial(self._prepare, name) for name in names}
+        return Benchmark(self.name, "kernels", lambda scale: list(self._cases(scale)), providers, rounds=9)
+
+    def _cases(self, scale: str) -> Iterator[Case]:
+        base = self.sizes[scale]
+        sizes: list[tuple[Mapping[str, int], str | None]] = [(size, None) for size in base]
+        for name, values in self.growth.get(scale, {}).items():
+            sizes += [({**base[0], name: value}, name) for value in values if value != base[0][name]]
+        dtype = torch.bfloat16 if scale == "gpu" else torch.float32
+        for (size, grows), mode in itertools.product(sizes, self.work):
+            work = self.work[mode](size, dtype.itemsize)
+            variant = {name: value for name, value in self.options.items() if name in self.shown}
+            yield Case(self.name, {**size, **variant}, mode, str(dtype).removeprefix("torch."), work, grows=grows)
+
+    def _prepare(self, name: str, case: Case) -> Candidate:
+        if case.grows and name not in (OURS, PLAIN):
+            raise Absent("growth is measured of fastgpt and plain PyTorch")
+        return self.candidate(name, self.function(name, case), case)
+
+    def function(self, name: str, case: Case) -> Function:
+        """What provider `name` calls."""
+        if name == OURS:
+            return functools.partial(kernel(self.name), **self.options)
+        plain = functools.partial(getattr(reference, self.name), **self.options)
+        if device().type == "cpu" and not interpreting() and name in (PLAIN, COMPILED):
+            raise Absent("it is what fastgpt runs on a CPU" if name == PLAIN else "an op is compiled on a GPU only")
+        if name == PLAIN:
+            return plain
+        if name == COMPILED:
+            return compiled(plain)
+        return self.peers[name](case)
+
+    def candidate(self, name: str, function: Function, case: Case) -> Candidate:
+        problem = _problem(self, case)
+        stream = None
+        if device().type == "cuda" and name not in self.sync:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+        # A backward pass runs where its forward did: all of it on the stream that a graph is captured from.
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            calls = [problem.call(i, function) for i in range(len(problem.inputs))]
+            for call in calls:
+                call()
+            outputs = [call() for call in calls]
+        clock()
+        problem.check(outputs)  # before a graph is captured of it
+        timer = "host" if stream is None else "graph"
+        try:
+            run, count = looped(calls, stream)
+        except RuntimeError as error:
+            if stream is None:
+                raise
+            timer = f"host, since no graph takes it: {error}".splitlines()[0][:200]
+            run, count = looped(calls, None)
+        notes = {"timer": timer, "buffers": len(calls), "error": problem.error}
+        return Candidate(run, problem.check, problem.refresh, count, notes)
+
+
+class Problem:
+    """An op at one size: rotating inputs that all providers share, and what is right for them."""
+
+    def __init__(self, op: Op, case: Case) -> None:
+        self.op, self.case = op, case
+        draw = Draw(case.torch_dtype)
+        self._new = lambda: op.inputs(case.size, draw)
+        first = self._new()
+        moved = case.work.read + case.work.written
+        count = math.ceil(CACHE_BYTES[device().type] / max(moved, 1.0))
+        most = 2 if interpreting() else MAX_BUFFERS[device().type]
+        self.inputs = [first, *(self._new() for _ in range(max(1, min(count, most)) - 1))]
+        self.incoming: list[tuple[Tensor, ...]] = []
+        if case.mode == "backward":
+            outputs = _tuple(op_of(reference, op)(*first))
+            self.incoming = [tuple(torch.randn_like(o) for o in outputs) for _ in self.inputs]
+        self.turn, self.error = 0, 0.0
+        self._known: tuple[int, tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+
+    def call(self, i: int, function: Function) -> Callable[[], tuple[Tensor, ...]]:
+        """What is timed: `function` on inputs i in the case's mode."""
+        if self.case.mode == "forward":
+
+            def forward() -> tuple[Tensor, ...]:
+                with torch.no_grad():
+                    return _tuple(function(*self.inputs[i]))
+
+            return forward
+        leaves = [x.detach().requires_grad_(j in self.op.gradients) for j, x in enumerate(self.inputs[i])]
+        wanted = [leaves[j] for j in self.op.gradients]
+        if self.case.mode == "both":
+
+            def both() -> tuple[Tensor, ...]:
+                loss = function(*leaves)
+                return loss.detach(), *torch.autograd.grad(loss, wanted)
+
+            return both
+        outputs = _tuple(function(*leaves))
+        return lambda: torch.autograd.grad(outputs, wanted, self.incoming[i], retain_graph=True)
+
+    def refresh(self) -> None:
+        """New data in the same memory. A backward pass gets new incoming gradients: its forward was before."""
+        targets = self.incoming if self.case.mode == "backward" else self.inputs
+        with torch.no_grad():
+            for tensors in targets:
+                new = map(torch.randn_like, tensors) if self.case.mode == "backward" else self._new()
+                for tensor, values in zip(tensors, new, strict=True):
+                    tensor.copy_(values)
+        self.turn += 1
+        self._known = None
+
+    def check(self, outputs: Sequence[tuple[Tensor, ...]]) -> None:
+        """One buffer's outputs against float64, another one each time."""
+        i = self.turn % len(self.inputs)
+        if self._known is None or self._known[0] != i:
+            self._known = i, *self._right(i)
+        _, plain, exact = self._known
+        self.error = check_close(outputs[i], plain, exact, torch.finfo(self.case.torch_dtype).eps)
+
+    def _right(self, i: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Plain PyTorch's outputs for inputs i, in the case's dtype and in float64."""
+        function = op_of(reference, self.op)
+        plain = self.call(i, function)()
+        kept = self.inputs[i], self.incoming[i : i + 1]
+        self.inputs[i] = tuple(x.double() if x.is_floating_point() else x for x in kept[0])
+        self.incoming[i : i + 1] = [tuple(g.double() for g in incoming) for incoming in kept[1]]
+        try:
+            return plain, self.call(i, function)()
+        finally:
+            self.inputs[i], self.incoming[i : i + 1] = kept
+
+
+# The problem of the case in hand, which its providers share.
+_latest: list[Problem] = []
+
+
+def _problem(op: Op, case: Case) -> Problem:
+    if not _latest or _latest[0].case != case:
+        _latest[:] = [Problem(op, case)]
+    return _latest[0]
+
+
+def op_of(module: Any, op: Op) -> Function:
+    return functools.partial(getattr(module, op.name), **op.options)
+
+
+def kernel(name: str) -> Function:
+    """The op through dispatch: Triton where it can run, else what `auto` takes."""
+    backend = "triton" if device().type == "cuda" or interpreting() else "auto"
+
+    def call(*args: Any, **options: Any) -> Any:
+        with use_backend(backend):
+            return getattr(ops, name)(*args, **options)
+
+    return call
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, a thousand times slower."""
+    return device().type == "cpu" and triton_unavailable(device(), torch.float32) is None
+
+
+def compiled(function: Function) -> Function:
+    needs_cuda("torch.compile of one op")
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def _tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
