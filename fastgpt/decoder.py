@@ -15,7 +15,7 @@ packed, so that a change in place is seen, and a replaced parameter is noticed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -110,8 +110,11 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
-# Programmatic dependent launch: each kernel starts while the one before runs out. Off until measured on a named GPU.
-DEPENDENT_LAUNCH = False
+# How a token is launched: "kernels", five a layer; "dependent", each of them starting while the one before runs out (sm90 and
+# later); "one kernel", with a grid barrier between phases, for a single row. The first until the others are measured on a named
+# GPU: what they save is launches and waiting, what the last one pays is its barriers.
+DESIGNS = ("kernels", "dependent", "one kernel")
+DESIGN = "kernels"
 
 # Positions of a cache come in multiples of this, so that calls of nearby lengths share an engine and its graph.
 CAPACITY_STEP = 256
@@ -139,15 +142,26 @@ class Engine:
         self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         self.positions = torch.zeros(batch_size, dtype=torch.int32, device=self.device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._kernels: Any = None
-        kernels = ops.token_kernels(self.device, dtype)
-        if not isinstance(kernels, str) and batch_size <= kernels.MAX_BATCH and config.hidden_dim <= kernels.MAX_WIDTH:
-            self._kernels, V = kernels, config.vocab_size
-            layers = tuple(kernels.LayerWeights(*_flat(block)) for block in plan.blocks)
-            tables, norm, (head, bias) = plan.token[:2], plan.token.norm, plan.token.head
-            self._weights = kernels.TokenWeights(*tables, layers, *norm, head, bias)
-            self._buffers = kernels.token_buffers(self._weights, batch_size, config.n_heads, capacity, V)
-        self.logits = self._buffers.logits if self._kernels else table.new_empty(batch_size, config.vocab_size)
+        self._fused: Callable[[], Tensor] | None = self._fuse(ops.token_kernels(self.device, dtype))
+        self.logits = table.new_empty(batch_size, config.vocab_size) if self._fused is None else self._buffers.logits
+
+    def _fuse(self, modules: tuple[Any, Any] | str) -> Callable[[], Tensor] | None:
+        """What launches a token's fused kernels, or None where they don't apply."""
+        config, cache, B = self.config, self.cache, len(self.tokens)
+        if isinstance(modules, str) or B > modules[0].MAX_BATCH or config.hidden_dim > modules[0].MAX_WIDTH:
+            return None
+        kernels, persistent = modules
+        token, layers = self.plan.token, tuple(kernels.LayerWeights(*_flat(block)) for block in self.plan.blocks)
+        assert token is not None
+        weights = kernels.TokenWeights(token.tokens, token.positions, layers, *token.norm, *token.head)
+        self._buffers = kernels.token_buffers(weights, B, config.n_heads, cache.max_length, config.vocab_size)
+        state = self.tokens, self.positions, weights
+        rest = cache.keys, cache.values, self._buffers, config.activation, config.norm_eps
+        if DESIGN == "one kernel" and B == 1 and persistent.persistent_obstacle(weights) is None:
+            pointers = persistent.layer_pointers(weights)
+            barrier = torch.zeros(3, dtype=torch.int32, device=self.device)
+            return lambda: persistent.decode_persistent(*state, pointers, barrier, *rest)
+        return lambda: kernels.decode_token(*state, *rest, pdl=DESIGN == "dependent")
 
     def begin(self) -> None:
         """Take over from the cache as it stands now."""
@@ -187,15 +201,11 @@ class Engine:
             self._token()
 
     def _token(self) -> None:
-        cache, config = self.cache, self.config
-        if self._kernels is None:
+        if self._fused is not None:
+            self._fused()
+        else:
             self.logits.copy_(self._batched())
             self.positions.add_(1)
-        else:
-            self._kernels.decode_token(
-                self.tokens, self.positions, self._weights, cache.keys, cache.values, self._buffers,
-                config.activation, config.norm_eps, DEPENDENT_LAUNCH,
-            )  # fmt: skip
 
     def _batched(self) -> Tensor:
         """A token as GEMMs, which many rows keep busy; positions and lengths stay on the device."""

@@ -35,7 +35,7 @@ LOOK_EVERY = 16
 
 
 class LanguageModel(Protocol):
-    """What generation needs of a model. `decode_engine(batch_size, positions)`, where there is one, gives an engine, or why not."""
+    """What generation needs of a model. `decode_engine(batch_size, positions)`, where it has one, gives an engine, or why not."""
 
     config: GPTConfig
     training: bool

@@ -115,17 +115,17 @@ def _module(op: str, x: Tensor) -> ModuleType:
     return fastgpt_kernels
 
 
-def token_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | str:
-    """`fastgpt_kernels.decode_token`, a whole token in fused kernels; or why it can't run on tensors of this device and dtype.
+def token_kernels(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, ModuleType] | str:
+    """`fastgpt_kernels.decode_token` and `.decode_persistent`, a whole token in fused kernels; or why they can't run there.
 
     It has no counterpart in the reference: where it doesn't run, the modules do.
     """
     choice, why = explain("decode_token", device, dtype)
     if choice == "reference":
         return why
-    from fastgpt_kernels import decode_token
+    from fastgpt_kernels import decode_persistent, decode_token
 
-    return decode_token
+    return decode_token, decode_persistent
 
 
 def embedding(

@@ -65,6 +65,7 @@ KINDS: dict[str, Kind] = {
     "_token_qkv_kernel": STREAM,
     "_token_attend_kernel": STREAM,
     "_token_matrix_kernel": STREAM,
+    "_token_persistent_kernel": STREAM,
     "_embedding_fwd_kernel": STREAM,
     "_embedding_bwd_kernel": STREAM,
     "_cross_entropy_kernel": STREAM,
@@ -268,10 +269,11 @@ def decode_attention_cases(scope: Scope) -> Iterator[Case]:
 
 
 def decode_token_cases(scope: Scope) -> Iterator[Case]:
+    from . import decode_persistent
     from . import decode_token as ops
 
-    def run(dtype: torch.dtype, width: int, heads: int, batch: int, pdl: bool) -> None:
-        if pdl and arch(torch.device("meta")) < 90:
+    def run(dtype: torch.dtype, width: int, heads: int, batch: int, how: str) -> None:
+        if how == "pdl" and arch(torch.device("meta")) < 90:
             return
 
         def matrix(n: int, k: int) -> tuple[Tensor, Tensor]:
@@ -285,12 +287,17 @@ def decode_token_cases(scope: Scope) -> Iterator[Case]:
         keys, values = (meta(2, batch, heads, 1024, width // heads, dtype=dtype) for _ in range(2))
         tokens, positions = meta(batch, dtype=torch.int64), meta(batch, dtype=torch.int32)
         buffers = ops.token_buffers(weights, batch, heads, 1024, VOCABULARY)
-        ops.decode_token(tokens, positions, weights, keys, values, buffers, pdl=pdl)
+        if how == "one kernel":
+            pointers, barrier = decode_persistent.layer_pointers(weights), meta(3, dtype=torch.int32)
+            decode_persistent.decode_persistent(tokens, positions, weights, pointers, barrier, keys, values, buffers)
+        else:
+            ops.decode_token(tokens, positions, weights, keys, values, buffers, pdl=how == "pdl")
 
     for name, dtype, width, variants in scope.over(scope.widths):
-        for batch, pdl in ((1, False), (8, False), (1, True), (8, True)) if variants else ((8, False), (1, True)):
-            label = f"{name} C={width} B={batch}{' pdl' if pdl else ''}"
-            yield Case("decode_token", label, partial(run, dtype, width, WIDTHS[width], batch, pdl))
+        ways = (("", 1), ("", 8), ("pdl", 1), ("pdl", 8), ("one kernel", 1)) if variants else (("", 8), ("pdl", 1))
+        for how, batch in ways:
+            label = f"{name} C={width} B={batch} {how}".strip()
+            yield Case("decode_token", label, partial(run, dtype, width, WIDTHS[width], batch, how))
 
 
 def cross_entropy_cases(scope: Scope) -> Iterator[Case]:

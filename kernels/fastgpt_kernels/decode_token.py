@@ -40,9 +40,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._launch import arch, check, check_device, launch
-from ._math import activation as _activation
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+from ._token import attend_tile, load_rows, matrix_rows, qkv_rows
 
 # Rows that follow one another on the same weights. More keep tensor cores busy.
 MAX_BATCH = 8
@@ -114,166 +112,27 @@ def token_buffers(weights: TokenWeights, batch: int, n_heads: int, capacity: int
 
 
 @triton.jit
-def _load_weights(w_ptr, rows, N, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Rows of W [N, K]. evict_first: the next token's reading comes after all other weights, when no cache has them still."""
-    cols = tl.arange(0, BLOCK_K)
-    mask = (rows < N)[:, None] & (cols < K)[None, :]
-    return tl.load(
-        w_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
-    )
-
-
-@triton.jit
-def _load_bias(bias_ptr, rows, N):
-    if bias_ptr is None:
-        return tl.zeros(rows.shape, tl.float32)
-    else:
-        return tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _norm(x, scale_ptr, shift_ptr, eps, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """LayerNorm of x [BLOCK_C], whose columns from C on are zero; they stay zero."""
-    cols = tl.arange(0, BLOCK_C)
-    mean = tl.sum(x, 0) / C
-    x = tl.where(cols < C, x - mean, 0.0)
-    y = x * tl.rsqrt(tl.sum(x * x, 0) / C + eps) * tl.load(scale_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
-    if shift_ptr is not None:
-        y += tl.load(shift_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
-    return y
-
-
-@triton.jit
-def _combine(
-    part_ptr, lse_ptr, b, length, splits, H: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """The attention's output [BLOCK_C] of row b from its splits, in their order."""
-    # Columns that share a head and, in fp32, a 16-byte load also share a weight.
-    GROUP: tl.constexpr = 4 if C // H % 4 == 0 else 1
-    cols, groups, s = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_C // GROUP) * GROUP, tl.arange(0, BLOCK_S)[:, None]
-    used = s * SPLIT < length
-    lse = tl.load(
-        lse_ptr + (b * splits + s) * H + (groups // (C // H))[None, :],
-        mask=used & (groups < C)[None, :],
-        other=float("-inf"),
-    )
-    parts = tl.load(part_ptr + (b * splits + s) * C + cols[None, :], mask=used & (cols < C)[None, :], other=0.0)
-    m = tl.max(lse, 0)
-    weights = tl.exp2(lse - tl.where(m == float("-inf"), 0.0, m)[None, :])
-    total = tl.sum(weights, 0)
-    weights = weights / tl.where(total == 0.0, 1.0, total)[None, :]
-    weights = tl.reshape(weights[:, :, None].broadcast_to(BLOCK_S, BLOCK_C // GROUP, GROUP), BLOCK_S, BLOCK_C)
-    return tl.sum(weights * parts, 0)
-
-
-@triton.jit
-def qkv_tile(
-    tile, tokens_ptr, positions_ptr, table_ptr, places_ptr, x_ptr, scale_ptr, shift_ptr, eps,
-    wq_ptr, bq_ptr, wk_ptr, bk_ptr, wv_ptr, bv_ptr, q_ptr, k_ptr, v_ptr, stride_b, stride_h, stride_s,
-    C: tl.constexpr, H: tl.constexpr, BLOCK_C: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """The tile-th ROWS of the 3C outputs; with tables, x is made here and written by the first tile."""
-    tiles: tl.constexpr = (C + ROWS - 1) // ROWS
-    D: tl.constexpr = C // H
-    which = tile // tiles
-    rows = tile % tiles * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, BLOCK_C)
-    if which == 0:
-        w, bias = _load_weights(wq_ptr, rows, C, C, BLOCK_C), _load_bias(bq_ptr, rows, C)
-    elif which == 1:
-        w, bias = _load_weights(wk_ptr, rows, C, C, BLOCK_C), _load_bias(bk_ptr, rows, C)
-    else:
-        w, bias = _load_weights(wv_ptr, rows, C, C, BLOCK_C), _load_bias(bv_ptr, rows, C)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    for b in tl.static_range(B):
-        position = tl.load(positions_ptr + b).to(tl.int64)
-        if table_ptr is None:
-            x = tl.load(x_ptr + b * C + cols, mask=cols < C, other=0.0)
-        else:
-            token = tl.maximum(tl.load(tokens_ptr + b), 0)  # what a broken row drew
-            x = tl.load(table_ptr + token * C + cols, mask=cols < C, other=0.0).to(tl.float32)
-            x += tl.load(places_ptr + position * C + cols, mask=cols < C, other=0.0).to(tl.float32)
-            if tile == 0:
-                tl.store(x_ptr + b * C + cols, x, mask=cols < C)
-        y = _norm(x, scale_ptr, shift_ptr, eps, C, BLOCK_C)
-        out = tl.sum(w.to(tl.float32) * y[None, :], 1) + bias
-        at = b * stride_b + position * stride_s + rows // D * stride_h + rows % D
-        if which == 0:
-            tl.store(q_ptr + b * C + rows, out, mask=rows < C)
-        elif which == 1:
-            tl.store(k_ptr + at, out.to(k_ptr.dtype.element_ty), mask=rows < C)
-        else:
-            tl.store(v_ptr + at, out.to(v_ptr.dtype.element_ty), mask=rows < C)
-
-
-@triton.jit
-def attend_tile(
-    tile, positions_ptr, q_ptr, k_ptr, v_ptr, part_ptr, lse_ptr, stride_b, stride_h, stride_s, splits,
-    C: tl.constexpr, H: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """One split of one head of one row: tile counts splits first, then heads, then rows."""
-    D: tl.constexpr = C // H
-    split, h = tile % splits, tile // splits % H
-    b = (tile // (splits * H)).to(tl.int64)
-    length = tl.load(positions_ptr + b) + 1
-    if split * SPLIT < length:
-        d = tl.arange(0, BLOCK_D)
-        keys = split * SPLIT + tl.arange(0, SPLIT)
-        mask = (keys < length)[:, None] & (d < D)[None, :]
-        at = b * stride_b + h * stride_h + keys.to(tl.int64)[:, None] * stride_s + d[None, :]
-        k = tl.load(k_ptr + at, mask=mask, other=0.0)
-        v = tl.load(v_ptr + at, mask=mask, other=0.0)
-        q = tl.load(q_ptr + b * C + h * D + d, mask=d < D, other=0.0)
-        scores = tl.sum(k.to(tl.float32) * q[None, :], 1) * (LOG2_E * D**-0.5)
-        scores = tl.where(keys < length, scores, float("-inf"))
-        m = tl.max(scores, 0)
-        p = tl.exp2(scores - m)
-        total = tl.sum(p, 0)
-        out = tl.sum(p[:, None] * v.to(tl.float32), 0) / total
-        tl.store(part_ptr + (b * splits + split) * C + h * D + d, out, mask=d < D)
-        tl.store(lse_ptr + (b * splits + split) * H + h, m + tl.log2(total))
-
-
-@triton.jit
-def matrix_tile(
-    tile, x_ptr, scale_ptr, shift_ptr, eps, h_ptr, part_ptr, lse_ptr, positions_ptr, splits, w_ptr, bias_ptr, out_ptr, N,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, H: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr,
-    B: tl.constexpr, ROWS: tl.constexpr, INPUT: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """out[b, rows] = activation(INPUT[b] . W[rows] + bias), or added to out. INPUT: "norm" of x, "parts", or "hidden"."""
-    rows, cols = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
-    w, bias = _load_weights(w_ptr, rows, N, K, BLOCK_K), _load_bias(bias_ptr, rows, N)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    for b in tl.static_range(B):
-        if INPUT == "norm":
-            y = _norm(tl.load(x_ptr + b * K + cols, mask=cols < K, other=0.0), scale_ptr, shift_ptr, eps, K, BLOCK_K)
-        elif INPUT == "parts":
-            length = tl.load(positions_ptr + b) + 1
-            y = _combine(part_ptr, lse_ptr, b, length, splits, H, K, BLOCK_K, SPLIT, BLOCK_S)
-        else:
-            y = tl.load(h_ptr + b * K + cols, mask=cols < K, other=0.0).to(tl.float32)
-        out = _activation(tl.sum(w.to(tl.float32) * y[None, :], 1) + bias, ACTIVATION)
-        if RESIDUAL:
-            out += tl.load(out_ptr + b * N + rows, mask=rows < N, other=0.0)
-        tl.store(out_ptr + b * N + rows, out.to(out_ptr.dtype.element_ty), mask=rows < N)
-
-
-@triton.jit
 def _token_qkv_kernel(
     tokens_ptr, positions_ptr, table_ptr, places_ptr, x_ptr, scale_ptr, shift_ptr, eps,
     wq_ptr, bq_ptr, wk_ptr, bk_ptr, wv_ptr, bv_ptr, q_ptr, k_ptr, v_ptr, stride_b, stride_h, stride_s,
     C: tl.constexpr, H: tl.constexpr, BLOCK_C: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    qkv_tile(
-        tl.program_id(0), tokens_ptr, positions_ptr, table_ptr, places_ptr, x_ptr, scale_ptr, shift_ptr, eps,
-        wq_ptr, bq_ptr, wk_ptr, bk_ptr, wv_ptr, bv_ptr, q_ptr, k_ptr, v_ptr, stride_b, stride_h, stride_s,
-        C, H, BLOCK_C, B, ROWS, PDL,
+    tiles: tl.constexpr = (C + ROWS - 1) // ROWS
+    which = tl.program_id(0) // tiles
+    rows = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    if which == 0:
+        w, bias = load_rows(wq_ptr, bq_ptr, rows, C, C, BLOCK_C)
+    elif which == 1:
+        w, bias = load_rows(wk_ptr, bk_ptr, rows, C, C, BLOCK_C)
+    else:
+        w, bias = load_rows(wv_ptr, bv_ptr, rows, C, C, BLOCK_C)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    qkv_rows(
+        which, rows, C, w, bias, table_ptr is not None, tl.program_id(0) == 0,
+        tokens_ptr, positions_ptr, table_ptr, places_ptr, x_ptr, scale_ptr, shift_ptr, eps,
+        q_ptr, k_ptr, v_ptr, stride_b, stride_h, stride_s, C, H, BLOCK_C, B,
     )  # fmt: skip
 
 
@@ -298,9 +157,14 @@ def _token_matrix_kernel(
     B: tl.constexpr, ROWS: tl.constexpr, INPUT: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
     ADVANCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    matrix_tile(
-        tl.program_id(0), x_ptr, scale_ptr, shift_ptr, eps, h_ptr, part_ptr, lse_ptr, positions_ptr, splits,
-        w_ptr, bias_ptr, out_ptr, N, K, BLOCK_K, H, SPLIT, BLOCK_S, B, ROWS, INPUT, ACTIVATION, RESIDUAL, PDL,
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    w, bias = load_rows(w_ptr, bias_ptr, rows, N, K, BLOCK_K)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    matrix_rows(
+        rows, N, w, bias, x_ptr, scale_ptr, shift_ptr, eps, h_ptr, part_ptr, lse_ptr, positions_ptr, splits, out_ptr, N,
+        K, BLOCK_K, H, SPLIT, BLOCK_S, B, INPUT, ACTIVATION, RESIDUAL,
     )  # fmt: skip
     if ADVANCE and tl.program_id(0) == 0:
         for b in tl.static_range(B):
@@ -317,22 +181,8 @@ def _combining_warps(block: int, splits: int) -> int:
     return min(max(block * splits // 1024, 4), 16)
 
 
-def decode_token(
-    tokens: Tensor,
-    positions: Tensor,
-    weights: TokenWeights,
-    keys: Tensor,
-    values: Tensor,
-    buffers: TokenBuffers,
-    activation: str = "gelu_tanh",
-    eps: float = 1e-5,
-    pdl: bool = False,
-) -> Tensor:
-    """Logits fp32 [B, V] of one new token a row, in `buffers.logits`; its keys and values join the cache, positions += 1.
-
-    tokens int64 [B]; positions int32 [B], each under the capacity S of keys and values [L, B, H, S, D] (the caller's care:
-    they are on the device). No gradient. `pdl`: programmatic dependent launch, sm90 and later.
-    """
+def check_token(tokens: Tensor, positions: Tensor, weights: TokenWeights, keys: Tensor, values: Tensor) -> None:
+    """ValueError unless shapes, dtypes and devices are what decode_token says."""
     check_device("decode_token", tokens=tokens, positions=positions, head=weights.head, keys=keys, values=values)
     (L, B, H, _, D), C, layers = keys.shape, weights.norm.shape[0], weights.layers
     dtype = weights.head.dtype
@@ -352,6 +202,26 @@ def decode_token(
         f"decode_token: tokens int64 [{B}] and positions int32 [{B}], got {tokens.dtype} {list(tokens.shape)} and "
         f"{positions.dtype} {list(positions.shape)}",
     )
+
+
+def decode_token(
+    tokens: Tensor,
+    positions: Tensor,
+    weights: TokenWeights,
+    keys: Tensor,
+    values: Tensor,
+    buffers: TokenBuffers,
+    activation: str = "gelu_tanh",
+    eps: float = 1e-5,
+    pdl: bool = False,
+) -> Tensor:
+    """Logits fp32 [B, V] of one new token a row, in `buffers.logits`; its keys and values join the cache, positions += 1.
+
+    tokens int64 [B]; positions int32 [B], each under the capacity S of keys and values [L, B, H, S, D] (the caller's care:
+    they are on the device). No gradient. `pdl`: programmatic dependent launch, sm90 and later.
+    """
+    check_token(tokens, positions, weights, keys, values)
+    (_, B, H, _, D), C, layers = keys.shape, weights.norm.shape[0], weights.layers
     check(layers[0].up.shape[0] <= MAX_WIDTH, f"decode_token: the feed-forward part must be at most {MAX_WIDTH} wide")
     check(not pdl or arch(tokens.device) >= 90, f"decode_token: pdl needs sm90 or later, got sm{arch(tokens.device)}")
     x, q, part, lse, hidden, logits = buffers

@@ -16,6 +16,7 @@ from fastgpt import PRESETS, GPTModel, KVCache, decoder, use_backend
 from fastgpt_kernels import _launch
 
 module = importlib.import_module("fastgpt_kernels.decode_token")
+persistent = importlib.import_module("fastgpt_kernels.decode_persistent")
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
@@ -34,7 +35,16 @@ def _interpretable(request, monkeypatch):
     if not request.node.get_closest_marker("gpu"):
         for name in ("SPLIT_KEYS", "ROWS", "PROJECT_ROWS", "HEAD_ROWS"):
             monkeypatch.setattr(module, name, getattr(module, name))
+        for name in ("SPLIT_KEYS", "TILE_BYTES"):
+            monkeypatch.setattr(persistent, name, getattr(persistent, name))
         interpretable(module)
+        small_shares(persistent)
+
+
+def small_shares(target):
+    """Several tiles a share, since the one program of the interpreter owns all rows."""
+    target.SPLIT_KEYS, target.TILE_BYTES = 16, 4096
+    return target
 
 
 def token_weights(ops, model: GPTModel):
@@ -86,6 +96,20 @@ def run(ops, model: GPTModel, cache: KVCache, tokens):
     return torch.stack(logits), cache
 
 
+def as_one_kernel(ops, one_kernel=persistent):
+    """`ops` with decode_persistent behind decode_token's signature."""
+    barrier: dict[torch.device, torch.Tensor] = {}
+
+    def decode(tokens, positions, weights, *rest):
+        zeros = torch.zeros(3, dtype=torch.int32, device=tokens.device)
+        pointers = one_kernel.layer_pointers(weights)
+        return one_kernel.decode_persistent(
+            tokens, positions, weights, pointers, barrier.setdefault(tokens.device, zeros), *rest
+        )
+
+    return types.SimpleNamespace(**vars(ops) | {"decode_token": decode})
+
+
 @torch.no_grad()
 def reference(model: GPTModel, prompts, tokens, capacity: int):
     cache = prefilled(model, prompts, capacity)
@@ -129,6 +153,22 @@ def test_decode_token(name, dtype, device):
     changes, prompts = SHAPES[name]
     model = shaped_model(changes, dtype, device)
     compare(module, model, prompts, model.config.context_length)
+
+
+@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "odd width and heads"])
+def test_one_kernel(name, length, device):
+    model = shaped_model({**SHAPES[name][0], "context_length": 48}, torch.float32, device)
+    compare(as_one_kernel(module), model, [[3] * length], 48)
+
+
+def test_one_kernel_says_what_it_cannot_take(device):
+    odd = token_weights(module, shaped_model({"emb_dim": 66, "n_heads": 3}, device=device))
+    assert "rows of 66 elements" in persistent.persistent_obstacle(odd)
+    weights = token_weights(module, shaped_model({}, device=device))
+    assert persistent.persistent_obstacle(weights) is None
+    mixed = weights._replace(layers=(weights.layers[0], weights.layers[1]._replace(up_bias=None)))
+    assert "differ" in persistent.persistent_obstacle(mixed)
 
 
 def test_production_tiles(device, monkeypatch):
@@ -205,36 +245,66 @@ def test_bad_input(change, message, device):
         module.decode_token(**arguments, weights=weights, buffers=buffers)
 
 
+# Of the phases, which decode_token and decode_persistent share.
 MUTANTS = {
     "mean not subtracted": ("tl.where(cols < C, x - mean, 0.0)", "tl.where(cols < C, x, 0.0)"),
-    "shift forgotten": (
-        "    if shift_ptr is not None:\n        y +=",
-        "    if shift_ptr is not None:\n        y = y * 1.0 + 0.0 *",
-    ),
+    "shift forgotten": ("if shift_ptr is not None:", "if False:"),
     "position of the row before": ("position = tl.load(positions_ptr + b)", "position = tl.load(positions_ptr)"),
     "newest key unseen": (
-        "length = tl.load(positions_ptr + b) + 1\n    if split",
-        "length = tl.load(positions_ptr + b)\n    if split",
+        "length = tl.load(positions_ptr + b) + 1\n    if",
+        "length = tl.load(positions_ptr + b)\n    if",
     ),
-    "keys behind the length": ("tl.where(keys < length, scores,", "tl.where(keys < length + 1, scores,"),
+    "a key behind the length": ("tl.where(keys < length, scores,", "tl.where(keys < length + 1, scores,"),
     "one split forgotten": ("used = s * SPLIT < length\n", "used = (s + 1) * SPLIT < length\n"),
     "splits unweighted": ("weights = tl.exp2(lse - ", "weights = tl.exp2(0.0 * lse - 0.0 * "),
-    "head of another column": ("(groups // (C // H))[None, :]", "(groups // (C // H) * 0)[None, :]"),
-    "key's bias on values": (
-        "_load_weights(wv_ptr, rows, C, C, BLOCK_C), _load_bias(bv_ptr",
-        "_load_weights(wv_ptr, rows, C, C, BLOCK_C), _load_bias(bk_ptr",
+    "weights of the first head": ("(groups // (C // H))[None, :]", "(groups // (C // H) * 0)[None, :]"),
+    "no bias": (
+        "w.to(tl.float32) * y[None, :], 1) + bias, ACTIVATION)",
+        "w.to(tl.float32) * y[None, :], 1), ACTIVATION)",
     ),
-    "no residual": ("        if RESIDUAL:\n            out +=", "        if RESIDUAL:\n            out += 0.0 *"),
-    "positions stay": ("tl.load(positions_ptr + b) + 1)", "tl.load(positions_ptr + b))"),
+    "no residual": ("        if RESIDUAL:", "        if False:"),
     "base e": ("(LOG2_E * D**-0.5)", "(D**-0.5)"),
+    "token table alone": ("x += tl.load(places_ptr", "x += 0.0 * tl.load(places_ptr"),
 }
+KERNEL_MUTANTS = {
+    "queries' bias on values": ("load_rows(wv_ptr, bv_ptr", "load_rows(wv_ptr, bq_ptr"),
+    "x written by none": ("tl.program_id(0) == 0,\n        tokens", "tl.program_id(0) < 0,\n        tokens"),
+    "positions stay": ("tl.load(positions_ptr + b) + 1)", "tl.load(positions_ptr + b))"),
+}
+ONE_KERNEL_MUTANTS = {
+    "positions stay": ("tl.load(positions_ptr + b) + 1)", "tl.load(positions_ptr + b))"),
+    "next layer's queries from this one": ("pointers_ptr, layer + 1, 2,", "pointers_ptr, layer, 2,"),
+    "shares one row short": ("tl.minimum(first + size, N)", "tl.minimum(first + size, N - 1)"),
+    "the same tile again": ("w, bias = later_w, later_bias\n\n\n", "\n\n\n"),
+    "biases of another": ("pointers_ptr, layer, 13, head_ptr", "pointers_ptr, layer, 15, head_ptr"),
+}
+
+
+def mutated_problem(device):
+    return shaped_model({"context_length": 48, "n_layers": 2, "emb_dim": 24, "n_heads": 2}, device=device), [[3] * 40]
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name, device):
-    model = shaped_model({"context_length": 48, "n_layers": 2, "emb_dim": 24, "n_heads": 2}, device=device)
+    phases = mutant("_token", *MUTANTS[name])
+    broken = mutant("decode_token", "from ._token import", f"from {phases.__name__} import")
+    model, prompts = mutated_problem(device)
     with pytest.raises(AssertionError):
-        compare(interpretable(mutant("decode_token", *MUTANTS[name])), model, [[3] * 40, [9]], 48)
+        compare(interpretable(broken), model, [*prompts, [9]], 48)
+
+
+@pytest.mark.parametrize("name", KERNEL_MUTANTS)
+def test_kernel_mutants_are_caught(name, device):
+    broken = interpretable(mutant("decode_token", *KERNEL_MUTANTS[name]))
+    with pytest.raises(AssertionError):
+        compare(broken, *mutated_problem(device), 48)
+
+
+@pytest.mark.parametrize("name", ONE_KERNEL_MUTANTS)
+def test_one_kernel_mutants_are_caught(name, device):
+    broken = as_one_kernel(module, small_shares(mutant("decode_persistent", *ONE_KERNEL_MUTANTS[name])))
+    with pytest.raises(AssertionError):
+        compare(broken, *mutated_problem(device), 48)
 
 
 @pytest.mark.gpu
