@@ -308,8 +308,8 @@ MUTANTS = {
     "dtotal dropped": ("                d += tl.load(dtotal_ptr", "                d += 0.0 * tl.load(dtotal_ptr"),
     "another mask in the backward": ("d = dropout(d, seed,", "d = dropout(d, seed + 1,"),
     "the next chunk's mask": (
-        "d *= _dropout_scale(seed, rows, c + cols",
-        "d *= _dropout_scale(seed, rows, c + CHUNK + cols",
+        "d = dropout(d, seed, rows * ROW_COUNTERS + (c + cols)",
+        "d = dropout(d, seed, rows * ROW_COUNTERS + (c + CHUNK + cols)",
     ),
     "last rows lost": ("tl.range(tl.program_id(0), tl.cdiv(M, ROWS)", "tl.range(tl.program_id(0), M // ROWS"),
     "first chunk's weight": (
