@@ -35,13 +35,13 @@ PEAK_TFLOPS = (
 MFU_CONVENTION = "(6 N + 6 L C T) FLOPs a token, N all parameters (llm.c's, causal), over the dense bf16 peak"
 
 
-def flops_per_token(config: GPTConfig) -> float:
-    """6 N + 6 L C T: 2 N forward and 4 N backward, and attention over the causal half of T keys.
+def flops_per_token(config: GPTConfig, context: int) -> float:
+    """6 N + 6 L C T for rows of T = `context`: 2 N forward and 4 N backward, and attention over the causal half of T keys.
 
     llm.c's convention, https://github.com/karpathy/llm.c/blob/master/train_gpt2.cu (gpt2_estimate_mfu). PaLM's and nanoGPT's has
     12 L C T and leaves position embeddings out: 6.5% more for GPT-2 124M.
     """
-    return 6.0 * config.num_parameters + 6.0 * config.n_layers * config.emb_dim * config.context_length
+    return 6.0 * config.num_parameters + 6.0 * config.n_layers * config.emb_dim * context
 
 
 def peak_flops(settings: TrainSettings, gpu: str | None) -> float | None:

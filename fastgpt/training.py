@@ -245,7 +245,8 @@ class Trainer:
         rate = self.settings.batch_size * self.data.context / seconds
         speed = {"tokens_per_second": round(rate, 1)}
         if self._peak:
-            speed["mfu"] = round(rate * progress.flops_per_token(self.model.config) / (self._peak * self.world.size), 4)
+            flops = progress.flops_per_token(self.model.config, self.data.context)
+            speed["mfu"] = round(rate * flops / (self._peak * self.world.size), 4)
         for (step, lr, _), (loss, norm, *_) in zip(self._pending, values, strict=True):
             self._check(step, loss, norm)
             note(step=step + 1, loss=loss, lr=lr, grad_norm=norm, **speed)

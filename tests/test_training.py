@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from fastgpt import GPTModel, checkpoint, lora, use_backend, weights
 from fastgpt.checkpoint import STATE, CheckpointError
+from fastgpt.cli import main
 from fastgpt.config import PRESETS, TokenIdError
 from fastgpt.data import TokenStream
 from fastgpt.optimizer import configure_optimizers, optimizer_groups
@@ -38,6 +39,7 @@ from fastgpt.settings import RunSettings, TrainSettings, read_toml, to_toml
 from fastgpt.shards import Tokens, read_shard, write_shard
 from fastgpt.tokenizer import SymbolTokenizer, load_tokenizer
 from fastgpt.training import NonFiniteLoss, Trainer, new_model
+from fastgpt.weights import BUNDLED
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = SymbolTokenizer("char", [chr(33 + n) for n in range(101)])
@@ -969,7 +971,7 @@ def test_samples_are_text_by_the_model(tmp_path):
 
 def test_mfu_is_by_llmc_s_convention(tmp_path):
     # facts of llm.c's train_gpt2.cu: 6 N + 6 L C T for 124,439,808 parameters at T = 1024
-    assert flops_per_token(PRESETS["gpt2"]) == 6 * 124_439_808 + 6 * 12 * 768 * 1024
+    assert flops_per_token(PRESETS["gpt2"], 1024) == 6 * 124_439_808 + 6 * 12 * 768 * 1024
     assert peak_flops(TrainSettings(), "NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops(TrainSettings(), "NVIDIA A100-SXM4-40GB") == 312e12
     assert peak_flops(TrainSettings(), "Some other GPU") is peak_flops(TrainSettings(), None) is None
@@ -977,7 +979,7 @@ def test_mfu_is_by_llmc_s_convention(tmp_path):
     run.run()
     for entry in run.log:
         if "loss" in entry:
-            expected = entry["tokens_per_second"] * flops_per_token(run.model.config) / 1e9
+            expected = entry["tokens_per_second"] * flops_per_token(run.model.config, 16) / 1e9
             assert entry["mfu"] == pytest.approx(expected, abs=1e-4, rel=1e-3)
 
 
@@ -1068,10 +1070,95 @@ def test_the_trainer_runs_the_kernels(tmp_path):
     runs = []
     for backend in ("reference", "triton"):
         with use_backend(backend):
-            run = trainer(
-                tmp_path / backend, tiny_model(n_layers=1), max_steps=5, validate_every=5, validation_batches=1
-            )
+            run = trainer(tmp_path / backend, tiny_model(n_layers=1), max_steps=3, validation_batches=1)
             run.run()
         runs.append([loss for *_, loss in losses(run)])
     assert runs[1] == pytest.approx(runs[0], rel=1e-4)
     assert runs[1] != runs[0]
+
+
+# The command.
+
+SMALL = ["--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch-size", "2", "--max-steps", "4"]
+
+
+@pytest.fixture
+def text(tmp_path) -> str:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog.\n" * 60, encoding="utf-8")
+    return str(tmp_path / "text.txt")
+
+
+def logged(out: Path, key: str) -> list[float]:
+    lines = map(json.loads, (out / LOG).read_text().splitlines())
+    return [entry[key] for entry in lines if key in entry]
+
+
+def test_the_command_fine_tunes_what_it_made(text, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["train", text, "--out", str(first), "--tokenizer", "char", *SMALL]) == 0
+    tuning = ["train", text, "--out", str(second), "--init", str(first), "--batch-size", "2", "--context", "8"]
+    assert main([*tuning, "--max-steps", "3", "--lr", "1e-9", "--vocab-multiple", "128", "--weight-decay", "0"]) == 0
+    models = [GPTModel.from_pretrained(path) for path in (first, second)]
+    assert models[1].config == models[0].config.replace(vocab_multiple=128)
+    for a, b in zip(values(models[0]).values(), values(models[1]).values(), strict=True):
+        torch.testing.assert_close(b[: len(a)], a, rtol=0, atol=1e-6)  # it began where the first ended
+    assert load_tokenizer(second).decode(range(28)) == load_tokenizer(first).decode(range(28))
+    capsys.readouterr()
+    assert main(["train", text, "--out", str(tmp_path / "x"), "--init", str(first), "--context", "17"]) == 2
+    assert "--context 17 is more than the 16 positions of" in capsys.readouterr().err
+
+
+def test_the_command_trains_adapters(text, tmp_path):
+    pytest.importorskip("peft", reason="needs peft")
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["train", text, "--out", str(first), "--tokenizer", "char", *SMALL]) == 0
+    tuning = ["train", text, "--out", str(second), "--init", str(first), "--max-steps", "3", "--lora-rank", "2"]
+    assert main([*tuning, "--lr", "0.1", "--warmup-steps", "0"]) == 0
+    before, after = (values(GPTModel.from_pretrained(path)) for path in (first, second))
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        f"trf_blocks.0.att.{part}.weight" for part in lora.TARGETS
+    }
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = ["train", text, "--out", str(out), "--tokenizer", "char", *SMALL]
+    assert main(command) == 0
+    straight = logged(out, "loss")
+    for name in ("config.json", "model.safetensors"):
+        (out / name).unlink()
+    shutil.rmtree(out / "checkpoints")
+    assert main(["train", text, "--out", str(out), "--resume"]) == 0
+    assert logged(out, "loss") == straight
+    assert main(["train", text, "--out", str(tmp_path / "never"), "--resume"]) == 2
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+def test_settings_are_saved_and_make_the_run_again(text, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["train", text, "--out", str(first), "--tokenizer", "char", "--seed", "5", *SMALL]) == 0
+    assert main(["train", text, "--out", str(second), "--config", str(first / "settings.toml")]) == 0
+    assert logged(second, "loss") == logged(first, "loss")
+    manifest = checkpoint.read_manifest(first)
+    assert manifest["settings"]["seed"] == 5
+    report = json.loads((first / "report.json").read_text())
+    assert report["steps"] == 4
+    assert report["validation_loss"] == logged(first, "validation_loss")[-1]
+
+
+def test_the_command_reads_nanogpts_files(text, tmp_path, capsys):
+    tokenizer = load_tokenizer(BUNDLED)
+    ids = np.array(tokenizer.encode(Path(text).read_text() * 4), dtype=np.uint16)
+    data = tmp_path / "data"
+    data.mkdir()
+    ids[:-200].tofile(data / "train.bin")
+    ids[-200:].tofile(data / "val.bin")
+    command = ["train", str(data), "--tokenizer", "bundled", *SMALL]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    assert f"{len(ids) - 200:,} training tokens, 200 held out" in capsys.readouterr().out
+    one = [str(data / "train.bin"), "--validation", str(data / "val.bin")]
+    assert main(["train", *one, "--tokenizer", "bundled", *SMALL, "--out", str(tmp_path / "one")]) == 0
+    assert logged(tmp_path / "one", "loss") == logged(tmp_path / "run", "loss")
+    assert logged(tmp_path / "one", "validation_loss") == logged(tmp_path / "run", "validation_loss")
+    assert main(["train", str(data), "--tokenizer", "char", *SMALL, "--out", str(tmp_path / "x")]) == 2
+    assert "--tokenizer char is learned from text" in capsys.readouterr().err

@@ -61,6 +61,8 @@ def _settings(arguments: argparse.Namespace) -> RunSettings:
     saved = arguments.out / SETTINGS
     if not arguments.resume and (checkpoint.steps(arguments.out) or (arguments.out / "state.pt").exists()):
         raise ValueError(f"{arguments.out} already holds a run; pass --resume to continue it, or another --out")
+    if arguments.resume and not saved.exists():
+        checkpoint.read_manifest(arguments.out)  # says what is there instead of a run
     resumed = [read_toml(saved, RunSettings)] if arguments.resume and saved.exists() else []
     return make(RunSettings, *resumed, *asked, given(arguments, RunSettings))
 
@@ -72,7 +74,7 @@ def _run(arguments: argparse.Namespace, settings: RunSettings, world: World) -> 
     if config and context > config.context_length:
         raise ValueError(f"--context {context} is more than the {config.context_length} positions of {settings.init}")
     # A run that was killed before its first checkpoint is at its beginning.
-    resume = arguments.resume and (not (out / SETTINGS).exists() or bool(checkpoint.steps(out)))
+    resume = arguments.resume and bool(checkpoint.steps(out))
     source = str(out) if resume else settings.tokenizer
     tokenizer, (tokens, starts), (held_out, held_starts) = _data(arguments.files, settings, source, context)
     model = _model(settings, tokenizer, context, world.device)
