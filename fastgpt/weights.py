@@ -12,7 +12,7 @@
 
 What a file doesn't say itself stands in config.json beside it: transformers', the book's seven keys, or ours; a GPT-2 file alone
 tells its sizes by its shapes. Everything is checked against the config before a tensor is read, and every mismatch is listed.
-Nothing in a checkpoint is executed. Names and orientation are fastgpt.names, files fastgpt.formats.
+Nothing in a checkpoint is executed. Names and orientation are fastgpt.checkpoints.names, files fastgpt.checkpoints.formats.
 """
 
 from __future__ import annotations
@@ -27,12 +27,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastgpt import formats
+from fastgpt.checkpoints import formats
+from fastgpt.checkpoints.dialects import (
+    agree,
+    book_json,
+    complaints,
+    config_json,
+    from_config_json,
+    from_hparams,
+    read_json,
+)
+from fastgpt.checkpoints.layouts import checked, infer, padded, pieces, plan, settle, to_layout, widened
+from fastgpt.checkpoints.names import DTYPES, HEADS, CheckpointError, detect, differences, expected_shapes
 from fastgpt.config import GPTConfig
-from fastgpt.dialects import agree, book_json, complaints, config_json, from_config_json, from_hparams, read_json
 from fastgpt.files import write_text
-from fastgpt.layouts import checked, infer, padded, pieces, plan, settle, to_layout, widened
-from fastgpt.names import DTYPES, HEADS, CheckpointError, detect, differences, expected_shapes
 
 __all__ = [
     "BUNDLED",

@@ -22,7 +22,8 @@ from nanogpt_oracle import NanoGPT
 from test_layouts import IDS, bits, close, hugging_face, rows
 from transformers import GPT2LMHeadModel
 
-from fastgpt import GPTModel, tensorbundle
+from fastgpt import GPTModel
+from fastgpt.checkpoints import tensorbundle
 from fastgpt.weights import CheckpointError, load, load_pretrained, save_as
 
 

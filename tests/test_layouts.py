@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastgpt import GPTModel
-from fastgpt.layouts import differences, from_layout, from_params, infer, padded, to_layout, to_params
-from fastgpt.names import LAYOUTS, CheckpointError, detect, expected_shapes
+from fastgpt.checkpoints.layouts import differences, from_layout, from_params, infer, padded, to_layout, to_params
+from fastgpt.checkpoints.names import LAYOUTS, CheckpointError, detect, expected_shapes
 
 IDS = torch.randint(0, 101, (2, 16), generator=torch.Generator().manual_seed(7))
 BOOK = {"vocab_size": 101, "context_length": 16, "emb_dim": 32, "n_heads": 4, "n_layers": 2, "drop_rate": 0.0}

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastgpt.checkpoints.layouts import same
+from fastgpt.checkpoints.names import DTYPES, differences
 from fastgpt.config import GPTConfig
-from fastgpt.layouts import same
 from fastgpt.model import GPTModel
-from fastgpt.names import DTYPES, differences
 from fastgpt.weights import FORMATS, Loaded, load, padded, save_as, widened
 
 HELP = "Convert a checkpoint to another program's format, and check the result by its logits."

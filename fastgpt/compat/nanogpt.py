@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, nn
 
 import fastgpt.config
-from fastgpt import generation, layers, layouts, ops, weights
+from fastgpt import generation, layers, ops, weights
 from fastgpt.cache import KVCache
+from fastgpt.checkpoints import layouts
+from fastgpt.checkpoints.dialects import said_activation
 from fastgpt.decoder import plain
-from fastgpt.dialects import said_activation
 from fastgpt.model import GPTModel
 from fastgpt.optimizer import optimizer_groups
 

@@ -11,9 +11,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import GPT2Config
 from transformers.models.gpt2 import modeling_gpt2
 
-from fastgpt import dialects, layouts
+from fastgpt.checkpoints import dialects, layouts
+from fastgpt.checkpoints.names import QKV, differences
 from fastgpt.model import GPTModel
-from fastgpt.names import QKV, differences
 
 
 def from_hf(hf_model: modeling_gpt2.GPT2LMHeadModel, *, copy: bool = False) -> GPTModel:

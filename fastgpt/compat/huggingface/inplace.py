@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import __version__ as transformers_version
 from transformers.models.gpt2 import modeling_gpt2
 
-from fastgpt import dialects
+from fastgpt.checkpoints import dialects
 from fastgpt.compat.huggingface.modules import ATTENTION, ORIGINALS, SWAPS, WEIGHTS, LayerNorm, causal_lm_loss
 from fastgpt.config import ContextLengthError
 

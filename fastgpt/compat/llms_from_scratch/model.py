@@ -19,11 +19,12 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from fastgpt import generation, layouts
+from fastgpt import generation
 from fastgpt.cache import KVCache as CoreCache
+from fastgpt.checkpoints import layouts
+from fastgpt.checkpoints.names import names_of
 from fastgpt.config import REQUIRED_KEYS, GPTConfig
 from fastgpt.model import GPTModel as CoreModel
-from fastgpt.names import names_of
 
 Entry: TypeAlias = "tuple[Tensor, Tensor] | None"  # keys and values of a layer, [B, H, S, D] each
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgpt import layouts
+from fastgpt.checkpoints import layouts
 
 
 def assign(left: Tensor, right: Any) -> nn.Parameter:

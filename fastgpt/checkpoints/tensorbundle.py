@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastgpt.names import CheckpointError
+from fastgpt.checkpoints.names import CheckpointError
 
 MAGIC = 0xDB4775248B80FB57
 FOOTER = 48

@@ -4,7 +4,7 @@
     torch             torch.save's: a state dict (pytorch_model.bin, the book's .pth), nanoGPT's ckpt.pt, the book's training
                       checkpoint; read with allow_pickle alone, by torch.load(weights_only=True), which executes nothing
     llm.c             magic 20240326, version 3 (fp32) or 5 (bf16), the vocabulary padded to a multiple of 128
-    tensorflow        OpenAI's model.ckpt.index and its data, read by fastgpt.tensorbundle
+    tensorflow        OpenAI's model.ckpt.index and its data, read by fastgpt.checkpoints.tensorbundle
 
 llm.c's format: https://github.com/karpathy/llm.c/blob/master/train_gpt2.py (write_model).
 """
@@ -27,12 +27,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastgpt import tensorbundle
+from fastgpt.checkpoints import tensorbundle
+from fastgpt.checkpoints.dialects import complaints, from_model_args, model_args, own_config, said_activation
+from fastgpt.checkpoints.layouts import expected_shapes, to_layout
+from fastgpt.checkpoints.names import LAYOUTS, CheckpointError, dtype_name, names_of, their_shape, unwrapped
 from fastgpt.config import GPTConfig
-from fastgpt.dialects import complaints, from_model_args, model_args, own_config, said_activation
 from fastgpt.files import atomic_write, write_text
-from fastgpt.layouts import expected_shapes, to_layout
-from fastgpt.names import LAYOUTS, CheckpointError, dtype_name, names_of, their_shape, unwrapped
 
 LLMC_MAGIC, LLMC_HEADER = 20240326, 1024
 LLMC_DTYPES = {3: torch.float32, 5: torch.bfloat16}  # by version

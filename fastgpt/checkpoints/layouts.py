@@ -1,4 +1,4 @@
-"""State dicts in memory from one layout of fastgpt.names to another.
+"""State dicts in memory from one layout of fastgpt.checkpoints.names to another.
 
     from_layout(state_dict, config=None, layout=None) -> (config, GPTModel's state dict)
     to_layout(config, state_dict, layout, masks=False) -> state dict of that layout
@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.config import GPTConfig
-from fastgpt.names import (
+from fastgpt.checkpoints.names import (
     DTYPE_NAMES,
     DTYPES,
     HEADS,
@@ -43,6 +42,7 @@ from fastgpt.names import (
     their_shape,
     unwrapped,
 )
+from fastgpt.config import GPTConfig
 
 __all__ = [
     "checked",

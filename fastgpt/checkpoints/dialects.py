@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastgpt.checkpoints.names import CheckpointError, differences
 from fastgpt.config import REQUIRED_KEYS, GPTConfig
-from fastgpt.names import CheckpointError, differences
 
 MAX_CONFIG_BYTES = 2**20  # a config.json is about 1 kB
 
