@@ -98,7 +98,7 @@ def ops_table(device: torch.device) -> str:
     """Which implementation each op gets for this device's usual dtype under the backend in force, and why."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     lines = [f"backend {ops.current_backend()}, {device}, {str(dtype).removeprefix('torch.')}"]
-    for op in ops.OPS:
+    for op in (*ops.OPS, "decode_token"):
         module, reason = ops.explain(op, device, dtype)
         lines.append(f"  {op:<22}{module:<11}{reason}")
     return "\n".join(lines)

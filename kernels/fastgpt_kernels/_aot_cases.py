@@ -294,7 +294,7 @@ def decode_token_cases(scope: Scope) -> Iterator[Case]:
             ops.decode_token(tokens, positions, weights, keys, values, buffers, pdl=how == "pdl")
 
     for name, dtype, width, variants in scope.over(scope.widths):
-        ways = (("", 1), ("", 8), ("pdl", 1), ("pdl", 8), ("one kernel", 1)) if variants else (("", 8), ("pdl", 1))
+        ways = [("", 8), ("pdl", 1), ("one kernel", 1), *([("", 1), ("pdl", 8)] if variants else [])]
         for how, batch in ways:
             label = f"{name} C={width} B={batch} {how}".strip()
             yield Case("decode_token", label, partial(run, dtype, width, WIDTHS[width], batch, how))

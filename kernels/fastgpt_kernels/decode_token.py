@@ -227,6 +227,8 @@ def decode_token(
     x, q, part, lse, hidden, logits = buffers
     splits, launch_pdl = part.shape[1], {"launch_pdl": True} if pdl else {}
     block, strides = triton.next_power_of_2(C), keys.stride()[1:4]
+    # Left alone, ptxas holds the unrolled rows to 72 registers on sm86 and spills two.
+    maxnreg = 128 if B > 1 and block <= 2048 else None
     block_s, block_d = triton.next_power_of_2(splits), triton.next_power_of_2(D)
 
     def matrix(w, bias, out, source, norm=None, shift=None, activation=None, rows=ROWS, advance=False):
@@ -246,7 +248,7 @@ def decode_token(
             _token_qkv_kernel, (3 * triton.cdiv(C, ROWS),),
             tokens, positions, *tables, x, layer.norm1, layer.norm1_shift, eps, layer.query, layer.query_bias,
             layer.key, layer.key_bias, layer.value, layer.value_bias, q, keys[i], values[i], *strides,
-            C=C, H=H, BLOCK_C=block, B=B, ROWS=ROWS, PDL=pdl, num_warps=_warps(block), **launch_pdl,
+            C=C, H=H, BLOCK_C=block, B=B, ROWS=ROWS, PDL=pdl, num_warps=_warps(block), maxnreg=maxnreg, **launch_pdl,
         )  # fmt: skip
         launch(
             _token_attend_kernel, (B * H * splits,),
