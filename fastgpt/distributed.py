@@ -111,9 +111,7 @@ class Engine:
             self.loss: Any = self._model.loss
         elif kind == "ddp":
             ids = [world.device.index] if world.device.type == "cuda" else None
-            self._ddp = nn.parallel.DistributedDataParallel(
-                _Loss(model), device_ids=ids, gradient_as_bucket_view=True
-            )
+            self._ddp = nn.parallel.DistributedDataParallel(_Loss(model), device_ids=ids, gradient_as_bucket_view=True)
             self.loss = self._ddp
         else:
             from torch.distributed.device_mesh import init_device_mesh

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +81,7 @@ class Log:
 
     def open(self) -> None:
         write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._trackers: list[tuple[Callable[[dict[str, Any]], None], Callable[[], None]]] = []
         if self.settings.tensorboard:
             self._trackers.append(_tensorboard(self.path.parent))
@@ -88,8 +90,9 @@ class Log:
 
     def add(self, entry: dict[str, Any]) -> None:
         self.entries.append(entry)
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        line = (json.dumps(entry) + "\n").encode()
+        if self._file.write(line) < len(line):  # what a disk does before it refuses
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         for log, _ in self._trackers:
             log(entry)
 

@@ -241,7 +241,7 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
         raise TypeError(f"{name} must hold strings, got {value!r}")
     if field.metadata["choices"] and value not in field.metadata["choices"]:
         raise ValueError(f"{name} must be one of {', '.join(field.metadata['choices'])}, got {value!r}")
-    if kind not in (int, float):
+    if not isinstance(value, (int, float)) or kind is bool:
         return
     low, high, below, above = (field.metadata["limits"][limit] for limit in ("low", "high", "below", "above"))
     bounds = [f"at least {low}" if low is not None else "", f"over {above}" if above is not None else ""]

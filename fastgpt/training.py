@@ -145,7 +145,11 @@ class Trainer:
 
         def note(**entry: Any) -> None:
             if first:
-                self.logbook.add(entry)
+                try:
+                    self.logbook.add(entry)
+                except OSError as error:
+                    where = checkpoint.last(self.directory)
+                    raise OSError(f"the log can't be written: {error}; the last whole checkpoint is {where}") from error
                 report(entry)
 
         with (

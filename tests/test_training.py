@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from models import tiny_config, tiny_model
 from torch import Tensor, nn
 
-from fastgpt import GPTModel, checkpoint, lora, use_backend, weights
+from fastgpt import GPTModel, checkpoint, lora, training, use_backend, weights
 from fastgpt.checkpoint import STATE, CheckpointError
 from fastgpt.cli import main
 from fastgpt.config import PRESETS, TokenIdError
@@ -375,6 +375,33 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_kept(tmp_path):
     again.resume()
     assert again.step == 6
     again.run()
+
+
+def test_a_log_that_the_disk_refuses_names_the_last_checkpoint(tmp_path):
+    run, limits = trainer(tmp_path, checkpoint_every=5), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / LOG).stat().st_size + 10, limits[1]))
+
+    try:
+        with pytest.raises(OSError, match=r"the log can't be written: .*the last whole checkpoint is .*step-00000005"):
+            run.run(at_step(7, full))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resumed = trainer(tmp_path, checkpoint_every=5)
+    resumed.resume()
+    assert (resumed.step, len(resumed.log)) == (5, 6)
+
+
+def test_every_step_and_rank_has_its_own_seed(tmp_path):
+    seeds: list[int] = []
+    run = trainer(tmp_path)
+    run.run(lambda entry: seeds.append(torch.initial_seed()) if "loss" in entry else None)
+    for rank in (0, 1):
+        training._seed(11, 5, rank)
+        seeds.append(torch.initial_seed())
+    assert seeds[-2] == seeds[5]  # step 6 of seed 11 on the first rank
+    assert len(set(seeds)) == 13
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastgpt import checkpoint, progress, weights
+from fastgpt import checkpoint, progress
 from fastgpt.commands.options import device_option, pick_device
 from fastgpt.config import GPTConfig
 from fastgpt.data import TokenStream, encode_with_starts, expand, read_text, split_validation
@@ -69,15 +69,17 @@ def _settings(arguments: argparse.Namespace) -> RunSettings:
 
 def _run(arguments: argparse.Namespace, settings: RunSettings, world: World) -> int:
     out: Path = arguments.out
-    config = weights.load_pretrained(settings.init)[0] if settings.init else None
-    context = settings.context or (config.context_length if config else 256)
-    if config and context > config.context_length:
-        raise ValueError(f"--context {context} is more than the {config.context_length} positions of {settings.init}")
+    base = GPTModel.from_pretrained(settings.init) if settings.init else None
+    context = settings.context or (base.config.context_length if base else 256)
+    if base and context > base.config.context_length:
+        raise ValueError(
+            f"--context {context} is more than the {base.config.context_length} positions of {settings.init}"
+        )
     # A run that was killed before its first checkpoint is at its beginning.
     resume = arguments.resume and bool(checkpoint.steps(out))
     source = str(out) if resume else settings.tokenizer
     tokenizer, (tokens, starts), (held_out, held_starts) = _data(arguments.files, settings, source, context)
-    model = _model(settings, tokenizer, context, world.device)
+    model = _model(settings, base, tokenizer, context, world.device)
     data = TokenStream(tokens, context, settings.batch_size, settings.seed, starts)
     validation = TokenStream(held_out, context, min(settings.batch_size, 8), 0, held_starts)
     trainer = Trainer(model, tokenizer, data, validation, settings, out, world)
@@ -152,9 +154,11 @@ def _prepared(path: Path, settings: RunSettings, source: str, context: int) -> t
     return tokenizer, (tokens, tokens.starts(end)), (held_out, held_out.starts(end))
 
 
-def _model(settings: RunSettings, tokenizer: Tokenizer, context: int, device: torch.device) -> GPTModel:
-    if settings.init:
-        model = _padded(GPTModel.from_pretrained(settings.init), settings.vocab_multiple).to(device)
+def _model(
+    settings: RunSettings, base: GPTModel | None, tokenizer: Tokenizer, context: int, device: torch.device
+) -> GPTModel:
+    if base is not None:
+        model = _padded(base, settings.vocab_multiple).to(device)
         if tokenizer.n_vocab > model.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.n_vocab} ids, the model a vocabulary of {model.config.vocab_size}"
