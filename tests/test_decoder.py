@@ -180,3 +180,17 @@ def test_a_full_cache_is_an_error(model):
         engine.begin()
         with pytest.raises(ValueError, match="cache of 16 positions is full"):
             engine.step(torch.tensor([1], device=model.device))
+
+
+def test_too_little_memory_says_what_would_fit(model, monkeypatch):
+    held = [object()]
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * 2**20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**20)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 80 * 2**30))
+    row = 2 * model.config.n_layers * 32 * 16 * 4  # bytes of keys and values
+    fits = 3 * 2**20 // row
+    decoder._check_memory(model.config, model.tok_emb.weight, fits, 16, held)
+    assert held, "engines of other sizes go only where room is needed"
+    with pytest.raises(ValueError, match=rf"{fits + 1} rows of 16 positions takes .* GB.*{fits} rows fit"):
+        decoder._check_memory(model.config, model.tok_emb.weight, fits + 1, 16, held)
+    assert not held
