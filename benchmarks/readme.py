@@ -41,20 +41,28 @@ def headline(results: Path) -> str:
 def cpu(results: Path) -> str:
     runs, floors, rows = load(results / "cpu")
     bandwidth, products = rate(floors, "read"), rate(floors, "matmul")
-    lines = [*dict.fromkeys(machine(run) + "." for run in runs)]
-    lines += [f"It reads {bandwidth:.1f} GB/s and multiplies matrices at {1e3 * products:.0f} GFLOP/s.", ""]
+    lines = [*dict.fromkeys(f"- {machine(run)}." for run in runs)]
+    if bandwidth:
+        lines.append(
+            f"- It reads {bandwidth:.1f} GB/s"
+            + (f" and multiplies at {1e3 * products:.0f} GFLOP/s." if products else ".")
+        )
+    lines.append("")
     for name in ("generate", "train_step"):
         for case in dict.fromkeys(r["case"] for r in rows if r["benchmark"] == name):
             lines += [compared([r for r in rows if (r["benchmark"], r["case"]) == (name, case)], name), ""]
-    lines += [grown(rows), "", "Import: " + ", ".join(_imports(rows)) + ".", "", ahead(rows)]
-    return "\n".join(lines)
+    if not any(row["benchmark"] == "train_step" for row in rows):
+        lines += [f"Training steps: {NOT_YET}.", ""]
+    for text in (grown(rows), memory(rows), imports(rows), ahead(rows)):
+        lines += [text, ""] if text else []
+    return "\n".join(lines[:-1])
 
 
 def gpu(results: Path) -> str:
     parts = []
     for directory in _gpus(results):
         runs, _, rows = load(directory)
-        parts += [*dict.fromkeys(machine(run) + "." for run in runs), "", kernels(rows)]
+        parts += [*dict.fromkeys(f"- {machine(run)}." for run in runs), "", kernels(rows)]
         for name in ("train_step", "generate"):
             for case in dict.fromkeys(r["case"] for r in rows if r["benchmark"] == name):
                 parts += ["", compared([r for r in rows if (r["benchmark"], r["case"]) == (name, case)], name)]
@@ -107,7 +115,7 @@ def grown(rows: Sequence[Row]) -> str:
         if title.startswith("next_token"):
             measured = ", ".join(f"{ms:.1f} ms at {x:.0f}" for x, ms in points)
             found.append(f"{provider}: {measured}, as {over}^{slope(points):.2f}")
-    return "One more token, by context. " + ". ".join(found) + "."
+    return "One more token, by context. " + ". ".join(found) + "." if found else ""
 
 
 def ahead(rows: Sequence[Row]) -> str:
@@ -116,9 +124,15 @@ def ahead(rows: Sequence[Row]) -> str:
     return "Where a peer is ahead: " + ("; ".join(listed) if listed else "nowhere in these rows") + "."
 
 
-def _imports(rows: Sequence[Row]) -> list[str]:
+def memory(rows: Sequence[Row]) -> str:
+    found = [r for r in rows if r["benchmark"] == "memory" and r["status"] == "ok"]
+    listed = ", ".join(f"{row['provider']} {row['peak_MB']:,.0f} MB" for row in found)
+    return f"Peak memory of a training step ({found[0]['case']}): {listed}." if found else ""
+
+
+def imports(rows: Sequence[Row]) -> str:
     found = [r for r in rows if r["benchmark"] == "import_time" and r["status"] == "ok"]
-    return [f"{row['provider']} {row['ms'] / 1e3:.2f} s" for row in found]
+    return "Import: " + ", ".join(f"{row['provider']} {row['ms'] / 1e3:.2f} s" for row in found) + "." if found else ""
 
 
 def _first_case(rows: Sequence[Row], name: str) -> list[Row]:

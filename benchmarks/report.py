@@ -159,7 +159,7 @@ def cells(row: Row) -> list[str]:
         row["case"],
         row["provider"],
         number(row["ms"]),
-        f"{number(row['p20'])} to {number(row['p80'])}",
+        "" if row["p20"] is None else f"{number(row['p20'])} to {number(row['p80'])}",
         f"{number(row['rate'])} {row['rate_unit']}",
         "" if share is None else f"{share:.0f}% ({row['bound']})",
         f"{row['fastgpt_is']:.2f}x" if "fastgpt_is" in row else "",

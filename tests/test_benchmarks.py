@@ -1,0 +1,544 @@
+"""The benchmarks are honest, their formulas are the published ones, every stage runs, and README says what was recorded."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import (
+    attention,
+    context,
+    cross_entropy,
+    decode,
+    floors,
+    gelu,
+    generate,
+    harness,
+    host,
+    layer_norm,
+    linear,
+    models,
+    op,
+    profiling,
+    readme,
+    record,
+    report,
+    suite,
+    sweep,
+    train_step,
+)
+from benchmarks.harness import Absent, Candidate, Case, Work, Wrong
+from fastgpt import PRESETS
+from fastgpt.cli import main
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def op_case(entry: op.Op, mode: str = "forward") -> Case:
+    return next(case for case in entry.benchmark.cases("dry") if case.mode == mode)
+
+
+def measured(entry: op.Op, function, mode: str = "forward") -> harness.Result:
+    case = op_case(entry, mode)
+    return harness.measure(entry.candidate("peer", function, case), None, 2)
+
+
+# --- providers that cheat
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_an_honest_provider_is_measured(mode):
+    result = measured(layer_norm.LAYER_NORM, lambda x, w, b: F.layer_norm(x, w.shape, w, b), mode)
+    assert len(result.samples) == 2
+    assert min(result.samples) > 0
+
+
+def nearly(x, w, b):
+    return F.layer_norm(x, w.shape, w, b) * 1.001
+
+
+def half(x, w, b):
+    y = F.layer_norm(x, w.shape, w, b)
+    return torch.cat((y[:1], torch.zeros_like(y[1:])))
+
+
+GARBAGE = {
+    "noise": lambda x, w, b: torch.randn_like(x),
+    "one part in a thousand": nearly,
+    "most rows left out": half,
+    "no bias": lambda x, w, b: F.layer_norm(x, w.shape, w),
+    "NaN": lambda x, w, b: torch.full_like(x, float("nan")),
+    "another shape": lambda x, w, b: F.layer_norm(x, w.shape, w, b)[:1],
+    "two outputs": lambda x, w, b: (F.layer_norm(x, w.shape, w, b), x),
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_a_provider_that_returns_garbage_is_refused(name):
+    with pytest.raises(Wrong):
+        measured(layer_norm.LAYER_NORM, GARBAGE[name])
+
+
+def test_a_wrong_gradient_is_refused():
+    with pytest.raises(Wrong):
+        measured(layer_norm.LAYER_NORM, lambda x, w, b: F.layer_norm(x.detach() + 0 * x, w.shape, w, b), "backward")
+
+
+def test_a_provider_that_remembers_its_results_is_caught():
+    known = {}
+
+    def remember(x, w, b):
+        return known.setdefault(x.data_ptr(), F.layer_norm(x, w.shape, w, b))
+
+    with pytest.raises(Wrong):
+        measured(layer_norm.LAYER_NORM, remember)
+
+
+def test_a_provider_that_stops_working_while_timed_is_caught():
+    calls = itertools.count()
+    last = []
+
+    def tire(x, w, b):
+        if next(calls) > 40:
+            return last[0]
+        last[:] = [F.layer_norm(x, w.shape, w, b)]
+        return last[0]
+
+    case = op_case(layer_norm.LAYER_NORM)
+    candidate = layer_norm.LAYER_NORM.candidate("peer", tire, case)
+    with pytest.raises(Wrong):
+        harness.measure(candidate, None, 40)
+
+
+def tiny_generation(generate_ids) -> Candidate:
+    case = generate.BENCHMARKS[0].cases("dry")[0]
+    model = models.spread_model("dry", torch.float32)
+    return generate.candidate(generate_ids(model), model, case)
+
+
+def test_generation_counts_ids_and_calls_generate_once_a_sample():
+    calls = []
+
+    def counted(model):
+        def generate_ids(idx, n):
+            calls.append(idx)
+            return model.generate(idx, n)
+
+        return generate_ids
+
+    candidate = tiny_generation(counted)
+    harness.prove(candidate)
+    before = len(calls)
+    result = harness.measure(candidate, None, 3)
+    assert len(calls) - before == 2 + 3 + 1  # proof, samples, proof
+    assert len(result.samples) == 3
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(calls))  # a new prompt each
+    assert candidate.notes["units"] == 2 * 3
+
+
+CHEATS = {
+    "one token too few": lambda model: lambda idx, n: model.generate(idx, n - 1),
+    "the last token again and again": lambda model: lambda idx, n: torch.cat((idx, *[idx[:, -1:]] * n), dim=1),
+    "sampled, not greedy": lambda model: lambda idx, n: model.generate(idx, n, temperature=3.0),
+    "another prompt": lambda model: lambda idx, n: model.generate(idx.flip(0), n),
+}
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_generation_that_skips_work_is_caught(name):
+    with pytest.raises(Wrong):
+        harness.measure(tiny_generation(CHEATS[name]), None, 1)
+
+
+def training_case() -> Case:
+    return train_step.BENCHMARKS[0].cases("dry")[0]
+
+
+def test_a_training_step_without_an_update_is_caught():
+    case = training_case()
+    model = train_step.fresh(case)
+    inputs, targets = train_step.data(case)
+    with pytest.raises(Wrong, match="step 2 differs"):
+        harness.measure(train_step.candidate(lambda: model.loss(inputs, targets).detach(), case), None, 1)
+
+
+def test_a_training_step_of_part_of_the_batch_is_caught():
+    case = training_case()
+    model = train_step.fresh(case)
+    step = train_step.step_of(model, lambda idx, targets: model.loss(idx[:, :2], targets[:, :2]), case)
+    with pytest.raises(Wrong, match="step 1 differs"):
+        harness.measure(train_step.candidate(step, case), None, 1)
+
+
+@pytest.mark.parametrize("name", ["nanoGPT", "transformers", "llms_from_scratch GPTModelFast"])
+def test_peers_train_like_the_reference(name):
+    case = training_case()
+    harness.measure(train_step.BENCHMARKS[0].providers[name](case), None, 1)
+
+
+# --- the clock
+
+
+def test_a_sleep_of_known_length_is_measured_within_5_percent():
+    result = harness.measure(Candidate(lambda: time.sleep(0.2), lambda out: None), None, 3)
+    assert harness.timing(result.samples).median == pytest.approx(0.2, rel=0.05)
+
+
+def test_a_ratio_is_of_equal_work():
+    case = Case("x", {}, "", "")
+    slow, ours = (Candidate(lambda: None, lambda out: None, calls=c, notes={"units": u}) for c, u in ((2, 4), (1, 16)))
+    row = harness.measured_row(case, "peer", slow, ours, harness.Result([8.0, 8.0, 8.0], [4.0, 4.0, 4.0]))
+    assert row["ms"] == 4000.0
+    assert row["fastgpt_is"] == pytest.approx((8 / 8) / (4 / 16))
+
+
+def test_a_graph_is_replayed_and_counted(monkeypatch):
+    """What a GPU would do, with stand-ins for capture and replay."""
+    replays, captured = [], []
+
+    class Graph:
+        def replay(self):
+            replays.append(self)
+            time.sleep(1e-3)
+
+    class Capture:
+        def __init__(self, graph, stream):
+            assert stream == "stream"
+
+        def __enter__(self):
+            captured.append(0)
+
+        def __exit__(self, *error):
+            pass
+
+    def call():
+        captured[-1] += 1
+        return captured[-1]
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    run, calls = harness.looped([call, call], "stream")
+    assert captured[0] == 2
+    assert calls == captured[-1] == 2 * -(-harness.SAMPLE_SECONDS // 1e-3) or calls == captured[-1]
+    before = len(replays)
+    assert run() == [calls - 1, calls]
+    assert len(replays) == before + 1
+
+
+# --- formulas, beside published figures
+
+
+def test_training_flops_are_llm_c_s():
+    assert train_step.flops_per_token(PRESETS["gpt2"], 1024) == 6 * 124_439_808 + 6 * 12 * 768 * 1024
+    untied = PRESETS["gpt2"].replace(tie_weights=False, vocab_multiple=64)
+    assert train_step.flops_per_token(untied, 1024) == train_step.flops_per_token(PRESETS["gpt2"], 1024)
+
+
+@pytest.mark.parametrize(
+    ("work", "gflop", "megabytes"),
+    [  # GPT-2 124M at 16 x 1024 tokens in 16 bits
+        (attention.ATTENTION.work["forward"]({"B": 16, "H": 12, "T": 1024, "D": 64}, 2), 25.8, 101),
+        (attention.ATTENTION.work["backward"]({"B": 16, "H": 12, "T": 1024, "D": 64}, 2), 64.4, 201),
+        (linear.PLAIN.work["forward"]({"M": 16384, "K": 768, "N": 2304}, 2), 58.0, 104),
+        (layer_norm.LAYER_NORM.work["forward"]({"rows": 16384, "width": 768}, 2), 0.1, 50),
+        (layer_norm.ADD_LAYER_NORM.work["backward"]({"rows": 16384, "width": 768}, 2), 0.1, 101),
+        (gelu.GELU.work["backward"]({"rows": 16384, "width": 3072}, 2), 0.75, 302),
+        (cross_entropy.CROSS_ENTROPY.work["both"]({"N": 16384, "V": 50304}, 2), 8.2, 3297),
+        (decode.DECODE.work["forward"]({"B": 1, "H": 12, "S": 1024, "D": 64}, 2), 0.0031, 3.15),
+    ],
+)
+def test_work_of_an_op(work, gflop, megabytes):
+    assert work.flops / 1e9 == pytest.approx(gflop, rel=0.03)
+    assert (work.read + work.written) / 1e6 == pytest.approx(megabytes, rel=0.02)
+
+
+def test_bytes_of_a_token():
+    assert generate.weight_bytes(PRESETS["gpt2"], 2) / 1e6 == pytest.approx(247.3, abs=0.1)
+    assert generate.weight_bytes(PRESETS["gpt2"].replace(tie_weights=False), 2) / 1e6 == pytest.approx(247.3, abs=0.1)
+    one = generate.generation_work(PRESETS["gpt2"], 1, 1000, 2, 2)
+    none = generate.generation_work(PRESETS["gpt2"], 1, 1000, 1, 2)
+    assert one.read - none.read == pytest.approx(247.3e6 + 1001 * 36_864, rel=1e-3)
+
+
+def test_merges_rebuild_the_tokenizer():
+    candidates = {name: host.TOKENIZERS[name]()[0] for name in host.TOKENIZERS}
+    text = host.text(3000) + "naïve 🙂\n"
+    ids = {name: list(encode(text)) for name, encode in candidates.items()}
+    assert ids["tokenizers"] == ids["tiktoken"] == ids["fastgpt"]
+
+
+# --- records and reports
+
+
+def sample_rows() -> list[dict]:
+    case = Case("layer_norm", {"rows": 4, "width": 8}, "forward", "float32", Work(10.0, 1e9, 1e9))
+    rows = [harness.row(case, "fastgpt", "ok", ms=4.0, p20=3.9, p80=4.1, rounds=3, calls=1, error=1e-7)]
+    rows += [harness.row(case, "torch", "ok", ms=2.0, p20=1.9, p80=2.1, rounds=3, calls=1, fastgpt_is=0.5)]
+    rows += [harness.row(case, "Liger", "absent", reason="not installed")]
+    for width in (16, 32, 64):
+        grown = Case(
+            "layer_norm", {"rows": 4, "width": width}, "forward", "float32", Work(1.0, 1e6, 1e6), grows="width"
+        )
+        rows.append(harness.row(grown, "fastgpt", "ok", ms=4.0 * (width / 8) ** 1.5, p20=1, p80=1, rounds=3, calls=1))
+    return rows
+
+
+def sample_results(directory: Path) -> None:
+    run = record.run_record("a command", "2026-01-01T00:00:00+00:00")
+    store = record.Store(directory, "floors")
+    store.start(run)
+    for what, value, work in (("copy", 1000.0, "GB/s"), ("read", 1100.0, "GB/s"), ("matmul", 5.0, "TFLOP/s")):
+        floor = floors.Floor(what, work, {}, "float32")
+        store.add(floor.row([1.0], lambda t, v=value: v))
+    store = record.Store(directory, "kernels")
+    store.start(run)
+    for row in sample_rows():
+        store.add(row)
+
+
+def test_a_report_from_records_alone(tmp_path, capsys):
+    sample_results(tmp_path)
+    assert main(["bench", "--report", "--out", str(tmp_path)]) == 0
+    folder = tmp_path / "report"
+    text = (folder / "report.md").read_text()
+    # 2 GB at 1000 GB/s are 2 ms: half of fastgpt's time, all of torch's
+    assert "| fastgpt | 4 | 3.9 to 4.1 | 500 GB/s | 50% (memory) |" in text
+    assert "| torch | 2 | 1.9 to 2.1 | 1,000 GB/s | 100% (memory) | 0.50x |" in text
+    assert "Liger | absent: not installed" in text
+    assert "width^1.50" in text
+    assert "torch, fastgpt is 0.50x" in text.split("Where a peer is ahead")[1]
+    with open(folder / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["percent_of_floor"] for row in rows[:2]] == ["50.0", "100.0"]
+    assert len(json.loads((folder / "results.json").read_text())["rows"]) == len(rows) == 6
+    for name in ("peers.png", "roofline.png", "growth.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_records_survive_and_are_gone_on_with(tmp_path):
+    sample_results(tmp_path)
+    store = record.Store(tmp_path, "kernels")
+    run = {"command": "another"}
+    store.start(run)
+    case = "rows=4 width=8 float32 forward"
+    assert store.has("layer_norm", case, "torch")
+    assert not store.has("layer_norm", case, "another")
+    store.add({**sample_rows()[0], "status": "FAILED", "reason": "died"})
+    again = record.Store(tmp_path, "kernels")
+    assert not again.has("layer_norm", case, "fastgpt")  # a failure is tried again
+    assert [again.runs[row["run"]]["command"] for row in again.rows if row["provider"] == "fastgpt"][-1] == "another"
+    assert len(again.rows) == len(sample_rows())
+    assert len(again.runs) == 2
+
+
+def test_a_record_says_what_it_was_measured_on():
+    run = record.run_record("a command", "2026-01-01T00:00:00+00:00")
+    assert run["versions"]["torch"] == torch.__version__
+    assert run["timestamp"] == "2026-01-01T00:00:00+00:00"
+    assert run["cpu"]
+    assert len(run["sources"]) == 12
+
+
+def test_readme_says_what_was_recorded():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.filled(text, RESULTS) == text, "python -m benchmarks.report --readme fills the tables"
+
+
+def test_readme_without_markers_is_refused():
+    with pytest.raises(ValueError, match="README must have <!-- results: headline --> once"):
+        readme.filled("nothing", RESULTS)
+
+
+def test_recorded_rows_were_right():
+    """Whatever is committed was measured: right, not faster than its floor, on a machine that is named."""
+    for directory in RESULTS.iterdir():
+        runs, _, rows = report.load(directory)
+        assert all(run["device"] and run["timestamp"] and run["command"] for run in runs)
+        assert all(row["status"] in ("ok", "absent") for row in rows if row["provider"] == harness.OURS)
+        fast = [r for r in rows if r.get("percent_of_floor", 0) > 130 and "buffers" in r and r["read"] > 1e8]
+        assert not fast, f"{fast[:1]} is faster than reading its own bytes: not believed"
+
+
+def test_constants_are_near_the_best_recorded():
+    """For each recorded sweep; there is none until a GPU was measured."""
+    for path in RESULTS.glob("*/sweep.json"):
+        held = json.loads(path.read_text(encoding="utf-8"))
+        known = sweep.constants()
+        for title, rows in itertools.groupby(held["rows"], key=lambda row: row["case"]):
+            timed = {row["provider"]: row["ms"] for row in rows if row["status"] == "ok"}
+            run = held["runs"][held["rows"][0]["run"]]
+            constant = known[title.split(":")[0]]
+            case = next(case for case in constant.cases("gpu") if case.label == title.split(": ")[1])
+            now = sweep.label(constant.current(case, run["capability"], run["multiprocessors"]))
+            assert timed[now] <= sweep.TOLERANCE * min(timed.values()), f"{path}: {title} has {now}"
+
+
+# --- sweeps
+
+
+def test_a_replaced_constant_reaches_the_kernel_and_goes_back():
+    constant = sweep.constants()["decode-split"]
+    module, name = constant._place()
+    before = getattr(module, name)
+    with constant.replaced(128):
+        assert getattr(module, name) == 128
+        case = op_case(decode.DECODE)
+        harness.prove(decode.DECODE.candidate("fastgpt", op.kernel("decode_attention"), case))
+    assert getattr(module, name) == before
+
+
+def test_every_constant_exists_and_is_a_candidate_somewhere():
+    for constant in sweep.constants().values():
+        for case in constant.cases("gpu"):
+            assert constant.candidates
+            assert sweep.label(constant.current(case, 90, 132))
+
+
+def test_the_table_proposes_what_is_faster():
+    rows = [
+        {"provider": str(n), "status": "ok", "ms": ms, "current": n == 64}
+        for n, ms in ((32, 3.0), (64, 2.0), (128, 1.0))
+    ]
+    rows.append({"provider": "256", "status": "refused", "reason": "spills 8 bytes a thread", "current": False})
+    text = sweep.table("decode-split", rows)
+    assert text.splitlines()[-1] == "  propose 128: 2.00x faster than now"
+    assert "refused" in text
+    assert sweep.table("decode-split", [rows[2] | {"current": True}]).endswith("keep what is there")
+
+
+def subprocess_environment(**more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "OUT")}
+    return {**kept, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))), "OMP_NUM_THREADS": "1", **more}
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from benchmarks import floor_kernels as k, sweep
+
+target = GPUTarget("cuda", 90, 32)
+pointers = {"counter_ptr": "*i32", "programs": "i32", "turns": "i32", "ASSEMBLY": "constexpr"}
+for assembly in (False, True):
+    options = {"num_warps": 8, "launch_cooperative_grid": True}
+    triton.compile(ASTSource(k._barriers_kernel, pointers, {"ASSEMBLY": assembly}), target=target, options=options)
+    ring = {"x_ptr": "*i32", "y_ptr": "*i32", **pointers, "BLOCK": "constexpr"}
+    triton.compile(ASTSource(k._ring_kernel, ring, {"ASSEMBLY": assembly, "BLOCK": 256}), target=target, options=options)
+    tiny = {"x_ptr": "*fp32", "DEPENDENT": "constexpr", "BLOCK": "constexpr"}
+    done = triton.compile(
+        ASTSource(k._tiny_kernel, tiny, {"DEPENDENT": assembly, "BLOCK": 256}), target=target, options={"launch_pdl": assembly}
+    )
+    assert ("griddepcontrol.wait" in done.asm["ptx"]) == assembly
+read = {"x_ptr": "*bf16", "out_ptr": "*fp32", "N": "i32", "programs": "i32", "BLOCK": "constexpr"}
+done = triton.compile(ASTSource(k._read_kernel, read, {"BLOCK": 8192}), target=target, options={"num_warps": 8})
+constant = sweep.constants()["softmax-wide-unroll"]
+print(sweep.limits(constant, constant.cases("gpu")[0], 90))
+"""
+
+
+def test_what_only_a_gpu_runs_compiles_for_one():
+    command = [sys.executable, "-c", textwrap.dedent(COMPILE)]
+    done = subprocess.run(command, capture_output=True, text=True, env=subprocess_environment(), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[[], [], ['_softmax_wide_fwd_kernel spills 256 bytes a thread']]"
+
+
+# --- stages and the command
+
+
+STAGES = ("floors", "tests", "kernels", "sweep", "train", "decode", "profile")
+
+
+@pytest.fixture(scope="module")
+def stage_results(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("out")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_runs_dry(stage, stage_results):
+    command = ["bash", str(ROOT / "benchmarks" / "on_gpu.sh"), stage, "--dry-run"]
+    environment = subprocess_environment(OUT=str(stage_results), PYTHON=sys.executable)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=550)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip()
+    held = stage_results / f"{stage}.json"
+    if stage != "tests":
+        rows = json.loads(held.read_text())["rows"]
+        assert {row["status"] for row in rows} <= {"ok", "absent"}, [row for row in rows if row["status"] != "ok"][:3]
+        assert any(row["status"] == "ok" for row in rows)
+    if stage == "kernels":
+        ours = {row["benchmark"] for row in rows if row["provider"] == "fastgpt" and row["status"] == "ok"}
+        assert ours == {b.name for b in suite.BENCHMARKS if b.group == "kernels"}
+
+
+def test_an_unknown_stage_or_option_is_refused():
+    for arguments, message in ((["fly"], "unknown stage fly"), (["floors", "--fast"], "unknown option --fast")):
+        command = ["bash", str(ROOT / "benchmarks" / "on_gpu.sh"), *arguments]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=subprocess_environment(PYTHON=sys.executable)
+        )
+        assert done.returncode == 2
+        assert message in done.stderr
+
+
+def test_ncu_is_told_to_leave_the_clocks_alone(tmp_path, monkeypatch):
+    fake = tmp_path / "ncu"
+    fake.write_text('#!/bin/sh\necho "ncu $*"\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    text = profiling.look("gelu", op_case(gelu.GELU).label, dry_run=True)
+    assert "--clock-control none" in text
+    assert "--one gelu rows=5 width=48 float32 forward --dry-run" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("_attention_bwd_kernel", "attention, backward"),
+        ("flash_fwd_kernel<Flash_fwd_kernel_traits>", "attention, forward"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_NNT", "products"),
+        ("_gemm_rows_kernel", "products"),
+        ("void at::native::vectorized_layer_norm_kernel", "norms"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("triton_poi_fused_gelu_3", "activation"),
+        ("_cross_entropy_kernel", "cross-entropy"),
+        ("Memcpy DtoD", "copies and casts"),
+    ],
+)
+def test_kernels_belong_to_parts(name, part):
+    assert profiling.part_of(name) == part
+
+
+def test_the_command_names_what_there_is(capfd):
+    assert main(["bench", "attentoin"]) != 0
+    printed = capfd.readouterr()
+    assert "no benchmark is called 'attentoin'" in printed.out + printed.err
+    assert main(["bench", "gelu", "--report"]) == 2
+    assert "--report measures nothing" in capfd.readouterr().err
+
+
+def test_absent_peers_are_listed_never_dropped():
+    for benchmark in suite.BENCHMARKS:
+        assert next(iter(benchmark.providers)) == harness.OURS
+    case = op_case(layer_norm.LAYER_NORM)
+    with pytest.raises(Absent, match="not installed"):
+        layer_norm.LAYER_NORM.benchmark.providers["Liger"](case)
+
+
+def test_one_more_token_is_checked():
+    case = context.BENCHMARKS[0].cases("dry")[0]
+    wrong = context.prepare(lambda model, ids: lambda last: (last + 1) % model.config.vocab_size, case)
+    with pytest.raises(Wrong):
+        harness.measure(wrong, None, 1)
