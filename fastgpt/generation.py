@@ -19,6 +19,7 @@ from fastgpt.cache import KVCache
 from fastgpt.config import ContextLengthError, GPTConfig, TokenIdError
 from fastgpt.decoder import Engine
 from fastgpt.sampling import INVALID, SamplingParams, sample
+from fastgpt.speculation import Lookahead, check_lookup
 
 Prompts: TypeAlias = Sequence[Sequence[int] | Tensor] | Tensor
 
@@ -27,7 +28,6 @@ OVERFLOWS = ("crop", "stop", "error")
 # Positions of one prefill forward. The activations of a chunk are 16 * width * chunk elements, 25 MB in bf16 at GPT-2 124M,
 # and 1024 rows already fill every GEMM; a longer chunk only raises the peak.
 PREFILL_CHUNK = 1024
-
 
 # Tokens that an engine makes between two looks of the host at them: a look waits for the GPU, 20 us beside a token's 100 or more.
 # A row that stops meanwhile has made up to 15 for nothing.
@@ -85,6 +85,7 @@ def generate(
     generator: torch.Generator | None = None,
     overflow: str = "crop",
     use_cache: bool = True,
+    lookup: int = 0,
     logprobs: bool = False,
     stream: bool = False,
 ) -> list[Completion] | Iterator[Step]:
@@ -100,6 +101,7 @@ def generate(
         overflow: past the context length, "crop" goes on with the last context_length tokens, recomputed for each new one;
             "stop" ends the row when prompt and completion fill the context; "error" raises ContextLengthError before computing.
         use_cache: False recomputes everything for each token; the tokens are the same.
+        lookup: guess up to so many tokens from a row's own text, and judge them in one forward; see fastgpt.speculation.
         logprobs: also report each token's log-probability.
         stream: return an iterator of Steps instead; the work happens as it is consumed.
 
@@ -121,6 +123,7 @@ def generate(
         generator,
         overflow,
         use_cache,
+        lookup,
         logprobs,
     )
     request.check()
@@ -174,6 +177,7 @@ class _Request(NamedTuple):
     generator: torch.Generator | None
     overflow: str
     use_cache: bool
+    lookup: int
     logprobs: bool
 
     def check(self) -> None:
@@ -184,6 +188,7 @@ class _Request(NamedTuple):
             raise ValueError(f"overflow must be one of {OVERFLOWS}, got {self.overflow!r}")
         if self.use_cache and not config.causal:
             raise ValueError("a model with causal=False can't generate with a KV cache; pass use_cache=False")
+        check_lookup(self.lookup, self.params, self.use_cache)
         for row, prompt in enumerate(self.prompts):
             if not prompt:
                 raise ValueError(f"prompt {row} is empty; a prompt needs at least one token")
@@ -223,13 +228,11 @@ class _Batch:
     def logits(self, active: list[int]) -> Tensor:
         """Next-token logits [B, V] of the active rows; other rows are zeros, so that the draw's shape never changes."""
         if not self.use_cache:
-            pieces = self._uncached(active)
+            pieces = self.uncached(active)
         else:
             # A row runs from the cache as long as its newest token still has a position.
             inside = [row for row in active if len(self.rows[row]) <= self.context]
-            pieces = self._cached(inside) + self._uncached(
-                [row for row in active if len(self.rows[row]) > self.context]
-            )
+            pieces = self._cached(inside) + self.uncached([row for row in active if len(self.rows[row]) > self.context])
         if len(pieces) == 1 and pieces[0][0] == list(range(len(self.rows))):
             return pieces[0][1]
         out = torch.zeros(len(self.rows), self.model.config.vocab_size, device=self.device)
@@ -250,7 +253,7 @@ class _Batch:
         if self.engine is not None and not self.engine.plan.holds():  # a paused stream's caller replaced a parameter
             self.engine = None
         if rows != self.cached:
-            self._keep(rows)
+            self.keep(rows)
         newest = torch.tensor([self.rows[row][-1] for row in rows], device=self.device)
         if self.engine is not None:
             return [(rows, self.engine.step(newest))]
@@ -282,7 +285,7 @@ class _Batch:
         self.engine = engine
         return engine.cache
 
-    def _keep(self, rows: list[int]) -> None:
+    def keep(self, rows: list[int]) -> None:
         """Finished rows leave the batch."""
         assert self.cache is not None
         kept, old, engine = [self.cached.index(row) for row in rows], self.cache, self.engine
@@ -320,7 +323,7 @@ class _Batch:
             self.engine.release()
         self.cache, self.cached, self.engine = None, [], None
 
-    def _uncached(self, rows: list[int]) -> list[tuple[list[int], Tensor]]:
+    def uncached(self, rows: list[int]) -> list[tuple[list[int], Tensor]]:
         """One forward per distinct length over the last `context` tokens of each row."""
         by_length: dict[int, list[int]] = {}
         for row in rows:
@@ -374,25 +377,29 @@ def _run(request: _Request, look_always: bool = False) -> Iterator[Step]:
             seen[row, torch.tensor(prompt, device=batch.device)] = True
     # A draw behind the end of a row would leave the generator further on than a loop that looks at every token.
     most = 1 if look_always or (request.stop_tokens and params.temperature > 0.0) else LOOK_EVERY
+    ahead = Lookahead(_Batch(request), active, request) if request.lookup else None
     count = 0
     try:
         while active and count < request.max_new_tokens:
             drawn: list[Tensor] = []
             scores: list[Tensor] = []
             with evaluating(model), torch.no_grad():
-                logits = batch.logits(active)
-                for _ in range(batch.steps_ahead(active, min(most, request.max_new_tokens - count))):
-                    if drawn:
-                        logits = batch.ahead(drawn[-1])
-                    chosen = sample(logits, params, seen, request.generator)
-                    if seen is not None:
-                        seen.scatter_(1, chosen.clamp(min=0)[:, None], True)
-                    if request.logprobs:
-                        all_scores = torch.log_softmax(logits.float(), dim=-1)
-                        scores.append(all_scores.gather(1, chosen.clamp(min=0)[:, None])[:, 0])
-                    drawn.append(chosen)
-                tokens = torch.stack(drawn).tolist()
-                logprobs = torch.stack(scores).tolist() if scores else [None] * len(tokens)
+                if ahead is not None:
+                    tokens, logprobs = ahead.steps(active)
+                else:
+                    logits = batch.logits(active)
+                    for _ in range(batch.steps_ahead(active, min(most, request.max_new_tokens - count))):
+                        if drawn:
+                            logits = batch.ahead(drawn[-1])
+                        chosen = sample(logits, params, seen, request.generator)
+                        if seen is not None:
+                            seen.scatter_(1, chosen.clamp(min=0)[:, None], True)
+                        if request.logprobs:
+                            all_scores = torch.log_softmax(logits.float(), dim=-1)
+                            scores.append(all_scores.gather(1, chosen.clamp(min=0)[:, None])[:, 0])
+                        drawn.append(chosen)
+                    tokens = torch.stack(drawn).tolist()
+                    logprobs = torch.stack(scores).tolist() if scores else [None] * len(tokens)
             for new, picked in zip(tokens, logprobs, strict=True):
                 count += 1
                 reasons = batch.append(active, new, count, request)
@@ -405,7 +412,7 @@ def _run(request: _Request, look_always: bool = False) -> Iterator[Step]:
                 if not active:
                     return
     finally:
-        batch.close()
+        (batch if ahead is None else ahead.batch).close()
 
 
 @contextlib.contextmanager

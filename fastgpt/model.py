@@ -228,6 +228,7 @@ class GPTModel(nn.Module):
         generator: torch.Generator | None = None,
         overflow: str = "crop",
         use_cache: bool = True,
+        lookup: int = 0,
     ) -> Tensor:
         """Continue every row of idx [B, T]; returns int64 [B, T + n], n <= max_new_tokens.
 
@@ -246,6 +247,7 @@ class GPTModel(nn.Module):
             generator=generator,
             overflow=overflow,
             use_cache=use_cache,
+            lookup=lookup,
         )
 
     @classmethod

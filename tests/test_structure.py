@@ -35,6 +35,7 @@ RANK = {
     "sampling": 2,
     "ops": 3,
     "decoder": 4,
+    "speculation": 4,
     "generation": 5,
     "checkpoints": 3,
     "weights": 4,
