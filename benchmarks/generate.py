@@ -11,8 +11,10 @@ prompt, over the tokens between, is the time of a token.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ from benchmarks.models import (
 )
 from benchmarks.nanogpt import from_fastgpt
 from benchmarks.op import interpreting
-from fastgpt import GPTConfig, GPTModel
+from fastgpt import GPTConfig, GPTModel, decoder
 from fastgpt.info import forward_flops_per_token, kv_cache_bytes
 
 Generate = Callable[[Tensor, int], Tensor]
@@ -109,6 +111,31 @@ def candidate(generate: Generate, model: GPTModel, case: Case, slow: bool = Fals
     return Candidate(run, check, notes=notes)
 
 
+def other_design(name: str) -> Callable[[GPTModel, Case], Generate]:
+    """The decode engine with another of its designs than the one in use (fastgpt.decoder.DESIGN)."""
+
+    def make(model: GPTModel, case: Case) -> Generate:
+        if device().type != "cuda" and not interpreting():
+            raise Absent("the engine's designs are a GPU's")
+        if name == decoder.DESIGN:
+            raise Absent("it is what fastgpt runs")
+        if name == "one kernel" and case.size["batch"] > 1:
+            raise Absent("for a single row only")
+        if name == "dependent" and interpreting():
+            raise Absent("Triton's interpreter has no dependent launch")
+        if name == "dependent" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+            raise Absent("dependent launch came with compute capability 9.0")
+        copied = copy.deepcopy(model)  # an engine belongs to its model and keeps the design that it was made with
+
+        def generate(idx: Tensor, n: int) -> Tensor:
+            with mock.patch.object(decoder, "DESIGN", name):
+                return on_kernels(copied.generate)(idx, n)
+
+        return generate
+
+    return make
+
+
 def transformers_eager(model: GPTModel, case: Case, **settings) -> Generate:
     peer = transformers_model(model)
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, **settings}
@@ -178,6 +205,7 @@ def reference_cached(model: GPTModel, case: Case) -> Generate:
 GENERATORS: dict[str, Callable[[GPTModel, Case], Generate]] = {
     OURS: lambda model, case: on_kernels(model.generate),
     "fastgpt, no cache": lambda model, case: on_kernels(functools.partial(model.generate, use_cache=False)),
+    **{f"fastgpt, design {name}": other_design(name) for name in decoder.DESIGNS},
     "reference": reference_cached,
     "transformers": transformers_eager,
     "transformers, static cache, compiled": transformers_static,
