@@ -97,6 +97,11 @@ class Updater:
     @torch.no_grad()
     def step(self) -> None:
         self.optimizer.step()
+        self.round()
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """With masters, round them into the parameters."""
         if self.masters is not None:
             torch._foreach_copy_(self.parameters, self.masters)
 
@@ -106,12 +111,11 @@ class Updater:
             p.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The live state by name: "exp_avg.tok_emb.weight", ..., and "master.tok_emb.weight" where there are masters."""
+        """The live state by name: "model.tok_emb.weight" (of masters where there are any), "exp_avg.tok_emb.weight", ..."""
         found: dict[str, Tensor] = {}
         for name, p in zip(self._names, self.updated, strict=True):
+            found[f"model.{name}"] = p.detach()
             found |= {f"{key}.{name}": value for key, value in self.optimizer.state[p].items()}
-            if self.masters is not None:
-                found[f"master.{name}"] = p
         return found
 
 

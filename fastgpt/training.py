@@ -126,6 +126,7 @@ class Trainer:
         if changed:
             raise ValueError(f"{place} was made with other settings:\n  " + "\n  ".join(changed))
         checkpoint.load(self.directory, manifest["step"], self._tensors(), self.world)
+        self.updater.round()
         self.step = manifest["step"]
         self.logbook.read(self.step)
 

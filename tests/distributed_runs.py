@@ -114,6 +114,8 @@ def main() -> None:
         engine = "ddp" if after == "one" else after
         ranks(root, f"{before} to {after}", 1 if after == "one" else 2, directory, **plain, parallel=engine)
     ranks(root, "fsdp half", 2, "fsdp-half", **plain, parallel="fsdp", dtype="pure-bfloat16")
+    ranks(root, "one half stopped", 1, "half-to-fsdp", **halted, dtype="pure-bfloat16")
+    ranks(root, "one half to fsdp", 2, "half-to-fsdp", **plain, parallel="fsdp", dtype="pure-bfloat16")
     ranks(root, "fsdp wet", 2, "fsdp-wet", **wet, parallel="fsdp")
     ranks(root, "fsdp wet stopped", 2, "fsdp-wet-2", **{**wet, "stop": HALF}, parallel="fsdp")
     ranks(root, "fsdp wet resumed", 2, "fsdp-wet-2", **wet, parallel="fsdp")

@@ -125,7 +125,7 @@ def test_dropout_differs_between_ranks_and_is_resumed_exactly(runs):
 
 
 def test_sixteen_bit_parameters_with_wide_copies(runs):
-    for name in ("one half", "fsdp half"):
+    for name in ("one half", "fsdp half", "one half to fsdp"):
         assert numbers(runs[name], "loss") == pytest.approx(numbers(runs["one"], "loss"), rel=0.03)
         assert numbers(runs[name], "loss") != pytest.approx(numbers(runs["one"], "loss"), rel=1e-6)
 

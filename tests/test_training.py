@@ -424,7 +424,7 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path):
     again = trainer(tmp_path, max_steps=2)
     again.resume()
     again.run()
-    assert files(tmp_path) == {**before, ".mine": b"not the run's"}
+    assert files(tmp_path).keys() == {*before, ".mine"}
 
 
 @pytest.fixture
@@ -832,8 +832,8 @@ def test_pure_bfloat16_follows_wide_copies(tmp_path):
     state = run.updater.tensors()
     moved = 0
     for name, p in run.model.named_parameters():
-        torch.testing.assert_close(state[f"master.{name}"], wide[name], rtol=1e-4, atol=2e-6)
-        assert torch.equal(p, state[f"master.{name}"].bfloat16())
+        torch.testing.assert_close(state[f"model.{name}"], wide[name], rtol=1e-4, atol=2e-6)
+        assert torch.equal(p, state[f"model.{name}"].bfloat16())
         moved += int((p == tiny_model(tie_weights=True).get_parameter(name).bfloat16()).sum())
     # The rate is so small that bf16 parameters alone would have stood still in most places.
     assert moved > 0.2 * sum(p.numel() for p in run.model.parameters())
@@ -846,7 +846,8 @@ def test_pure_bfloat16_follows_wide_copies(tmp_path):
         **{"warmup_steps": 0, "weight_decay": 0.0, "grad_clip": 0.0},
     )
     resumed.resume()
-    assert all(torch.equal(a, b) for a, b in zip(resumed.updater.tensors().values(), state.values(), strict=True))
+    assert equal(resumed.updater.tensors(), state)
+    assert equal(values(resumed.model), values(run.model))
 
 
 def test_a_padded_vocabulary_changes_nothing_and_is_not_saved(tmp_path):
