@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -194,3 +196,14 @@ def test_too_little_memory_says_what_would_fit(model, monkeypatch):
     with pytest.raises(ValueError, match=rf"{fits + 1} rows of 16 positions takes .* GB.*{fits} rows fit"):
         decoder._check_memory(model.config, model.tok_emb.weight, fits + 1, 16, held)
     assert not held
+
+
+def test_plans_and_engines_go_with_their_model(device):
+    model = tiny_model(n_layers=1).to(device)
+    ours(model, [[1, 2]], 2)
+    with torch.no_grad(), use_backend("reference"):
+        generate(model, [[1, 2]], 2)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
