@@ -55,34 +55,48 @@ PADDING = 128
 # random words take registers, so its tiles are half as large.
 
 
-def _fwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool) -> dict[str, int]:
+def _ieee() -> bool:
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def _fwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool) -> dict[str, int | None]:
     wide = arch // 10 in (9, 10)
+    maxnreg = None
     if dtype == torch.float64:
         m, n, stages, warps = 16, 16, 1, 4
     elif dtype == torch.float32:  # small enough for "ieee", whose products are unrolled into FMAs
         m, n, stages, warps = (64, 32, 2, 8) if head_size <= 64 else (32, 16, 2 if head_size <= 128 else 1, 8)
+        if arch in (86, 89) and 64 < head_size <= 128 and _ieee():
+            maxnreg = 96  # left alone, ptxas spills at D = 96 to stay under 65 registers
     elif head_size <= 64:  # two programs an SM: one's exp2 runs under the other's products
         m, n, stages, warps = 64 if dropout else 128, 64, 3, 4
     elif head_size <= 128:
         m, n, stages, warps = 128, (128 if arch // 10 == 9 else 64) // (2 if dropout else 1), 2, 8
     else:
         m, n, stages, warps = 128 if wide else 64, 16 if dropout else 32, 2, 8
-    return {"BLOCK_M": m, "BLOCK_N": n, "num_stages": stages, "num_warps": warps}
+    return {"BLOCK_M": m, "BLOCK_N": n, "num_stages": stages, "num_warps": warps, "maxnreg": maxnreg}
 
 
-def _bwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool) -> dict[str, int]:
+def _bwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool) -> dict[str, int | None]:
     """BLOCK_OWN is what a program owns, keys or queries; BLOCK_INNER is what it takes at a time of the other."""
+    maxnreg = None
     if dtype == torch.float64:
         m, n, stages, warps = 16, 16, 1, 4
     elif dtype == torch.float32:
-        m, n, stages, warps = (32, 32, 2, 8) if head_size <= 64 else (16, 32 if head_size <= 128 else 16, 1, 8)
+        if head_size <= 64:
+            m, n, stages, warps = 32, 32, 2, 8
+            maxnreg = None if _ieee() else 128  # left alone, ptxas spills, or takes 174 with dropout: one program's
+        else:
+            m, n, stages, warps = 16, 32 if head_size <= 128 else 16, 2 if head_size <= 128 and _ieee() else 1, 8
     elif head_size > 128:
         m, n, stages, warps = 32, 32, 1, 8
     elif arch // 10 in (9, 10):
         m, n, stages, warps = 32 if dropout else 64, 128, 3 if head_size <= 64 else 2, 8
     else:
         m, n, stages, warps = 32 if 64 < head_size <= 96 else 64, 64, 2, 4 if head_size <= 64 else 8
-    return {"BLOCK_INNER": m, "BLOCK_OWN": n, "num_stages": stages, "num_warps": warps}
+        if dropout and arch >= 120:
+            m //= 2
+    return {"BLOCK_INNER": m, "BLOCK_OWN": n, "num_stages": stages, "num_warps": warps, "maxnreg": maxnreg}
 
 
 @triton.jit
