@@ -48,9 +48,11 @@ _BWD_LANE_COLUMNS = 24
 _MIN_ROWS = 8
 
 
-def _residency(num_warps: int, lane_columns: int, tile_bytes: int, shared_memory: int) -> tuple[int, int, int]:
-    """Backward programs on an SM, registers a lane, and loop stages: stages - 1 tiles of each program wait in shared memory."""
-    registers = 48 + 5 * lane_columns
+def _residency(num_warps: int, registers: int, tile_bytes: int, shared_memory: int) -> tuple[int, int, int]:
+    """Backward programs on an SM if a lane needs `registers`, how many it may then have, and loop stages.
+
+    stages - 1 tiles of each program wait in shared memory.
+    """
     programs = max(65536 // (32 * num_warps * registers), 1)
     stages = max(s for s in (1, 2, 3) if s == 1 or min(programs, 2) * (s - 1) * tile_bytes <= shared_memory)
     if stages > 1:
@@ -239,7 +241,11 @@ def layer_norm_bwd(dy, dtotal, total, weight, bias, mean, rstd, dropout_p, seed,
     padded = rows * triton.cdiv(N, chunk) * chunk
     shared_memory = 90_000 if arch(total.device) in (86, 89, 120) else 150_000
     tile_bytes = padded * total.element_size() * (2 if dtotal is None else 3)
-    resident, registers, stages = _residency(num_warps, padded // (32 * num_warps), tile_bytes, shared_memory)
+    lane_columns = padded // (32 * num_warps)
+    registers = 48 + 5 * lane_columns
+    if arch(total.device) // 10 == 10 and seed is not None and lane_columns == _BWD_LANE_COLUMNS and N % chunk:
+        registers += 32  # sm100 computes on pairs of registers: a full lane with dropout and a masked chunk takes 198
+    resident, registers, stages = _residency(num_warps, registers, tile_bytes, shared_memory)
     programs = min(triton.cdiv(M, max(rows, _MIN_ROWS)), resident * sm_count(total.device))
     partial_dweight = torch.empty(programs, N, dtype=mean.dtype, device=total.device)
     partial_dbias = None if bias is None else torch.empty_like(partial_dweight)
