@@ -8,6 +8,7 @@ from fastgpt.config import PRESETS, GPTConfig
 from fastgpt.generation import Completion, Step, generate
 from fastgpt.model import GPTModel
 from fastgpt.ops import use_backend
+from fastgpt.quantization import quantize
 
 __version__ = "0.1.0"
 
@@ -19,5 +20,6 @@ __all__ = [
     "KVCache",
     "Step",
     "generate",
+    "quantize",
     "use_backend",
 ]

@@ -32,7 +32,10 @@ _M = TypeVar("_M", bound=nn.Module)
 
 
 class BlockWeights(NamedTuple):
-    """A block's parameters: norms (scale, shift or None); matrices as [in, out] views with their biases or None."""
+    """A block's parameters: norms (scale, shift or None); matrices as [in, out] views with their biases or None.
+
+    With `scales`, fp32 [out] of the six matrices in order, they are int8.
+    """
 
     norm1: tuple[Tensor, Tensor | None]
     qkv: list[tuple[Tensor, Tensor | None]]
@@ -40,6 +43,7 @@ class BlockWeights(NamedTuple):
     norm2: tuple[Tensor, Tensor | None]
     up: tuple[Tensor, Tensor | None]
     down: tuple[Tensor, Tensor | None]
+    scales: tuple[Tensor, ...] | None = None
 
 
 class TokenWeights(NamedTuple):
@@ -49,6 +53,7 @@ class TokenWeights(NamedTuple):
     positions: Tensor
     norm: tuple[Tensor, Tensor | None]
     head: tuple[Tensor, Tensor | None]
+    head_scale: Tensor | None = None  # of an int8 head
 
 
 def plain(module: nn.Module, kind: type[_M]) -> TypeGuard[_M]:
@@ -68,13 +73,15 @@ class Plan:
     def __init__(self, root: nn.Module, blocks: list[BlockWeights], token: TokenWeights | None = None) -> None:
         self.blocks, self.token = blocks, token
         modules = list(root.modules())
-        self._modules = [(module, type(module)) for module in modules if plain(module, type(module))]
+        # Not the root: plans and engines are kept by it, weakly, and would keep it alive.
+        self._modules = [(module, type(module)) for module in modules[1:] if plain(module, type(module))]
         self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
-        self._parameters = [
-            (m._parameters, name, p, p.data_ptr())
+        self._tensors = [
+            (owned, name, t, t.data_ptr())
             for m in modules
-            for name, p in m._parameters.items()
-            if p is not None
+            for owned in (m._parameters, m._buffers)
+            for name, t in owned.items()
+            if t is not None
         ]
 
     def holds(self) -> bool:
@@ -82,8 +89,14 @@ class Plan:
         return (
             all(plain(module, kind) for module, kind in self._modules)
             and all(children.get(name) is child for children, name, child in self._children)
-            and all(owned.get(name) is p and p.data_ptr() == at for owned, name, p, at in self._parameters)
+            and all(owned.get(name) is t and t.data_ptr() == at for owned, name, t, at in self._tensors)
         )
+
+    @property
+    def quantized(self) -> bool:
+        """Whether a matrix is int8."""
+        head = None if self.token is None else self.token.head_scale
+        return head is not None or any(block.scales is not None for block in self.blocks)
 
 
 def decode(
@@ -153,7 +166,9 @@ class Engine:
         kernels, persistent = modules
         token, layers = self.plan.token, tuple(kernels.LayerWeights(*_flat(block)) for block in self.plan.blocks)
         assert token is not None
-        weights = kernels.TokenWeights(token.tokens, token.positions, layers, *token.norm, *token.head)
+        scales = [kernels.LayerScales(*block.scales) for block in self.plan.blocks if block.scales is not None]
+        int8 = (tuple(scales), token.head_scale) if scales else ()
+        weights = kernels.TokenWeights(token.tokens, token.positions, layers, *token.norm, *token.head, *int8)
         self._buffers = kernels.token_buffers(weights, B, config.n_heads, cache.max_length, config.vocab_size)
         state = self.tokens, self.positions, weights
         rest = cache.keys, cache.values, self._buffers, config.activation, config.norm_eps
@@ -273,13 +288,22 @@ def _check_memory(config: GPTConfig, like: Tensor, batch_size: int, capacity: in
     )
 
 
-def obstacle(plan: Plan) -> str | None:
-    """Why no engine can run from this plan, or None."""
+def obstacle(plan: Plan, config: GPTConfig, batch_size: int) -> str | None:
+    """Why no engine of `batch_size` rows can run from this plan, or None."""
     if plan.token is None:
         return "the embeddings, the final norm or the head are not the model's own plain modules"
     tensors = [t for block in plan.blocks for t in _flat(block) if t is not None]
     tensors += [plan.token.tokens, plan.token.positions, *_some(plan.token.norm), *_some(plan.token.head)]
     dtypes, devices = {t.dtype for t in tensors}, {t.device for t in tensors}
+    if plan.quantized:
+        if plan.token.head_scale is None or any(block.scales is None for block in plan.blocks):
+            return "some matrices are int8 and others are not"
+        modules = ops.token_kernels(plan.token.tokens.device, plan.token.tokens.dtype)
+        if isinstance(modules, str):
+            return modules
+        if batch_size > modules[0].MAX_BATCH or config.hidden_dim > modules[0].MAX_WIDTH:
+            return f"int8 weights are for {modules[0].MAX_BATCH} rows of width {modules[0].MAX_WIDTH}, at most"
+        dtypes.discard(torch.int8)
     if len(dtypes) > 1 or len(devices) > 1:
         return f"the parameters are not of one dtype and device: {sorted(map(str, dtypes | devices))}"
     if not all(t.is_contiguous() for t in tensors):

@@ -6,9 +6,11 @@ Shapes: B batch, T time, C emb_dim, H heads, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import decoder, ops
@@ -44,6 +46,48 @@ class Activation(nn.Module):
 
     def extra_repr(self) -> str:
         return self.name
+
+
+class Int8Linear(nn.Module):
+    """A Linear whose row r of weights is scale[r] * weight[r]: int8 [N, K], one fp32 scale an output, the bias as it was.
+
+    The forward multiplies with the weights in x's dtype, made anew each time; fastgpt.decoder reads them as int8. Made by
+    fastgpt.quantize. Not trained: input gradients flow, weight and scale are buffers.
+
+    Raises ValueError for weights that are not finite.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        exact = linear.weight.detach().float()
+        most = exact.abs().amax(dim=1)
+        if not bool(most.isfinite().all()):
+            raise ValueError(f"weights must be finite to become int8, got {most[~most.isfinite()][0]}")
+        scale = torch.where(most > 0.0, most / 127.0, 1.0)
+        self.register_buffer("weight", torch.round(exact / scale[:, None]).clamp(-127, 127).to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dequantized(x.dtype), self.bias)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weights [N, K] that these integers stand for, rounded once."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return (self.weight.to(wide) * self.scale.to(wide)[:, None]).to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != torch.float32:  # model.to(bfloat16) is about activations
+            self.scale = scale.to(self.scale.device)
+        return self
 
 
 class FeedForward(nn.Module):
@@ -151,7 +195,9 @@ class TransformerBlock(nn.Module):
             return None
         up, down = ff.layers[0], ff.layers[2]
         qkv = (att.W_query, att.W_key, att.W_value)
-        if not all(plain(linear, nn.Linear) for linear in (*qkv, att.out_proj, up, down)):
+        linears = (*qkv, att.out_proj, up, down)
+        quantized = all(plain(linear, Int8Linear) for linear in linears)
+        if not (quantized or all(plain(linear, nn.Linear) for linear in linears)):
             return None
         return decoder.BlockWeights(
             (self.norm1.scale, self.norm1.shift),
@@ -160,6 +206,7 @@ class TransformerBlock(nn.Module):
             (self.norm2.scale, self.norm2.shift),
             (cast(Tensor, up.weight).T, cast("Tensor | None", up.bias)),
             (cast(Tensor, down.weight).T, cast("Tensor | None", down.bias)),
+            tuple(cast(Tensor, linear.scale) for linear in linears) if quantized else None,
         )
 
     def _add_norm(self, branch: Tensor, x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:

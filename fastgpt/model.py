@@ -25,7 +25,7 @@ from fastgpt import decoder, generation, ops, weights
 from fastgpt.cache import KVCache
 from fastgpt.config import ContextLengthError, GPTConfig, TokenIdError
 from fastgpt.decoder import plain
-from fastgpt.layers import LayerNorm, MultiHeadAttention, TransformerBlock
+from fastgpt.layers import Int8Linear, LayerNorm, MultiHeadAttention, TransformerBlock
 
 
 class GPTModel(nn.Module):
@@ -105,7 +105,7 @@ class GPTModel(nn.Module):
             positions = torch.tensor(starts, device=idx.device)[:, None] + torch.arange(T, device=idx.device)
             x = self.drop_emb(self.tok_emb(idx) + self.pos_emb(positions))
         on_cpu = self.device.type == "cpu" and ops.current_backend() != "triton"
-        if T == 1 and on_cpu and isinstance(plan := self._decoder_plan(), decoder.Plan):
+        if T == 1 and on_cpu and isinstance(plan := self._decoder_plan(), decoder.Plan) and not plan.quantized:
             config = self.config
             x = decoder.decode(x[:, 0], plan, cache, starts, config.n_heads, config.activation, config.norm_eps)[
                 :, None
@@ -144,12 +144,16 @@ class GPTModel(nn.Module):
         tables, norm, head = (self.tok_emb, self.pos_emb), self.final_norm, self.out_head
         if not all(plain(t, nn.Embedding) and t.padding_idx is t.max_norm is None for t in tables):
             return None
-        if not (
-            plain(norm, LayerNorm) and plain(head, nn.Linear) and head.out_features == self.config.padded_vocab_size
-        ):
+        if not plain(norm, LayerNorm) or not (plain(head, nn.Linear) or plain(head, Int8Linear)):
+            return None
+        if head.out_features != self.config.padded_vocab_size:
             return None
         return decoder.TokenWeights(
-            self.tok_emb.weight, self.pos_emb.weight, (norm.scale, norm.shift), (head.weight, head.bias)
+            self.tok_emb.weight,
+            self.pos_emb.weight,
+            (norm.scale, norm.shift),
+            (head.weight, head.bias),
+            head.scale if isinstance(head, Int8Linear) else None,
         )
 
     def _calls_core(self) -> bool:
@@ -170,7 +174,7 @@ class GPTModel(nn.Module):
         plan = self._decoder_plan()
         if isinstance(plan, str):
             return plan
-        why = decoder.obstacle(plan)
+        why = decoder.obstacle(plan, self.config, batch_size)
         return decoder.acquire(self, self.config, plan, batch_size, positions) if why is None else why
 
     def loss(self, idx: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:

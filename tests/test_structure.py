@@ -43,6 +43,7 @@ RANK = {
     "model": 6,
     "prepare": 3,
     "evaluation": 7,
+    "quantization": 7,
     "training": 7,
     "info": 7,
     "compat": 7,

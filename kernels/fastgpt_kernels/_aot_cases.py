@@ -273,17 +273,23 @@ def decode_token_cases(scope: Scope) -> Iterator[Case]:
     from . import decode_token as ops
 
     def run(dtype: torch.dtype, width: int, heads: int, batch: int, how: str) -> None:
-        if how == "pdl" and arch(torch.device("meta")) < 90:
+        if how.startswith("pdl") and arch(torch.device("meta")) < 90:
             return
 
+        int8 = how.endswith("int8")
+
         def matrix(n: int, k: int) -> tuple[Tensor, Tensor]:
-            return meta(n, k, dtype=dtype), meta(n, dtype=dtype)
+            return meta(n, k, dtype=torch.int8 if int8 else dtype), meta(n, dtype=dtype)
 
         norm = meta(width, dtype=dtype), meta(width, dtype=dtype)
         square, up, down = matrix(width, width), matrix(4 * width, width), matrix(width, 4 * width)
         layer = ops.LayerWeights(*norm, *square, *square, *square, *square, *norm, *up, *down)
         tables = meta(VOCABULARY, width, dtype=dtype), meta(1024, width, dtype=dtype)
         weights = ops.TokenWeights(*tables, (layer, layer), *norm, tables[0], None)
+        if int8:
+            scales = ops.LayerScales(*(meta(n) for n in (width, width, width, width, 4 * width, width)))
+            head = meta(VOCABULARY, width, dtype=torch.int8)
+            weights = weights._replace(head=head, scales=(scales, scales), head_scale=meta(VOCABULARY))
         keys, values = (meta(2, batch, heads, 1024, width // heads, dtype=dtype) for _ in range(2))
         tokens, positions = meta(batch, dtype=torch.int64), meta(batch, dtype=torch.int32)
         buffers = ops.token_buffers(weights, batch, heads, 1024, VOCABULARY)
@@ -291,10 +297,12 @@ def decode_token_cases(scope: Scope) -> Iterator[Case]:
             pointers, barrier = decode_persistent.layer_pointers(weights), meta(3, dtype=torch.int32)
             decode_persistent.decode_persistent(tokens, positions, weights, pointers, barrier, keys, values, buffers)
         else:
-            ops.decode_token(tokens, positions, weights, keys, values, buffers, pdl=how == "pdl")
+            ops.decode_token(tokens, positions, weights, keys, values, buffers, pdl=how.startswith("pdl"))
 
     for name, dtype, width, variants in scope.over(scope.widths):
-        ways = [("", 8), ("pdl", 1), ("one kernel", 1), *([("", 1), ("pdl", 8)] if variants else [])]
+        ways = [("", 8), ("pdl", 1), ("one kernel", 1), ("int8", 8), *([("", 1), ("pdl", 8)] if variants else [])]
+        if variants:
+            ways += [("int8", 1), ("pdl int8", 1)]
         for how, batch in ways:
             label = f"{name} C={width} B={batch} {how}".strip()
             yield Case("decode_token", label, partial(run, dtype, width, WIDTHS[width], batch, how))

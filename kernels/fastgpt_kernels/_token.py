@@ -34,6 +34,24 @@ def load_rows(w_ptr, bias_ptr, rows, end, K: tl.constexpr, BLOCK_K: tl.constexpr
 
 
 @triton.jit
+def load_scales(scales_ptr, rows, end):
+    """What each of the rows of an int8 W is multiplied with; None where W is what it says."""
+    if scales_ptr is None:
+        return None
+    else:
+        return tl.load(scales_ptr + rows, mask=rows < end, other=0.0)
+
+
+@triton.jit
+def times_rows(w, y, scales):
+    """scales * (w . y) for w [ROWS, BLOCK_K] and y [BLOCK_K]."""
+    products = tl.sum(w.to(tl.float32) * y[None, :], 1)
+    if scales is not None:
+        products *= scales
+    return products
+
+
+@triton.jit
 def normed(x, scale_ptr, shift_ptr, eps, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """LayerNorm of x [BLOCK_C], whose columns from C on are zero; they stay zero."""
     cols = tl.arange(0, BLOCK_C)
@@ -71,7 +89,7 @@ def combined(
 
 @triton.jit
 def qkv_rows(
-    which, rows, end, w, bias, first, writes_x,
+    which, rows, end, w, bias, scales, first, writes_x,
     tokens_ptr, positions_ptr, table_ptr, places_ptr, x_ptr, scale_ptr, shift_ptr, eps,
     q_ptr, k_ptr, v_ptr, stride_b, stride_h, stride_s,
     C: tl.constexpr, H: tl.constexpr, BLOCK_C: tl.constexpr, B: tl.constexpr,
@@ -90,7 +108,7 @@ def qkv_rows(
         else:
             x = tl.load(x_ptr + b * C + cols, mask=cols < C, other=0.0)
         y = normed(x, scale_ptr, shift_ptr, eps, C, BLOCK_C)
-        out = tl.sum(w.to(tl.float32) * y[None, :], 1) + bias
+        out = times_rows(w, y, scales) + bias
         at = b * stride_b + position * stride_s + rows // D * stride_h + rows % D
         if which == 0:
             tl.store(q_ptr + b * C + rows, out, mask=rows < end)
@@ -130,7 +148,8 @@ def attend_tile(
 
 @triton.jit
 def matrix_rows(
-    rows, end, w, bias, x_ptr, scale_ptr, shift_ptr, eps, h_ptr, part_ptr, lse_ptr, positions_ptr, splits, out_ptr, N,
+    rows, end, w, bias, scales, x_ptr, scale_ptr, shift_ptr, eps, h_ptr, part_ptr, lse_ptr, positions_ptr, splits,
+    out_ptr, N,
     K: tl.constexpr, BLOCK_K: tl.constexpr, H: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr,
     B: tl.constexpr, INPUT: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +164,7 @@ def matrix_rows(
             y = combined(part_ptr, lse_ptr, b, length, splits, H, K, BLOCK_K, SPLIT, BLOCK_S)
         else:
             y = tl.load(h_ptr + b * K + cols, mask=cols < K, other=0.0).to(tl.float32)
-        out = _activation(tl.sum(w.to(tl.float32) * y[None, :], 1) + bias, ACTIVATION)
+        out = _activation(times_rows(w, y, scales) + bias, ACTIVATION)
         if RESIDUAL:
             out += tl.load(out_ptr + b * N + rows, mask=rows < end, other=0.0)
         tl.store(out_ptr + b * N + rows, out.to(out_ptr.dtype.element_ty), mask=rows < end)

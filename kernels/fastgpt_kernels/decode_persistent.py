@@ -81,7 +81,7 @@ def _matrix_phase(
         rows = start + tl.arange(0, ROWS)
         later_w, later_bias = load_rows(w_ptr, bias_ptr, rows + ROWS, end, K, BLOCK_K)
         matrix_rows(
-            rows, end, w, bias, x_ptr, scale_ptr, shift_ptr, eps, h_ptr, part_ptr, lse_ptr, positions_ptr, splits,
+            rows, end, w, bias, None, x_ptr, scale_ptr, shift_ptr, eps, h_ptr, part_ptr, lse_ptr, positions_ptr, splits,
             out_ptr, N, K, BLOCK_K, H, SPLIT, BLOCK_S, B, INPUT, ACTIVATION, RESIDUAL,
         )  # fmt: skip
         w, bias = later_w, later_bias
@@ -126,7 +126,7 @@ def _token_persistent_kernel(
                 rows = start + tl.arange(0, ROWS_C)
                 later_w, later_bias = load_rows(w_ptr, bias_ptr, rows + ROWS_C, end_c, C, BLOCK_C)
                 qkv_rows(
-                    which, rows, end_c, w, bias, layer == 0, (tl.program_id(0) == 0) & (start == 0) & (which == 0),
+                    which, rows, end_c, w, bias, None, layer == 0, (tl.program_id(0) == 0) & (start == 0) & (which == 0),
                     tokens_ptr, positions_ptr, table_ptr, places_ptr, x_ptr, scale1, shift1, eps,
                     q_ptr, k_ptr, v_ptr, stride_b, stride_h, stride_s, C, H, BLOCK_C, B,
                 )  # fmt: skip
@@ -202,6 +202,8 @@ def layer_pointers(weights: TokenWeights) -> Tensor:
 def persistent_obstacle(weights: TokenWeights) -> str | None:
     """Why the one kernel can't run from these weights, or None."""
     layers = weights.layers
+    if weights.scales is not None:
+        return "the weights are int8"
     if layers[0].up.shape[0] > MAX_WIDTH:
         return f"the feed-forward part is {layers[0].up.shape[0]} wide, more than {MAX_WIDTH}"
     if len({tuple(t is None for t in layer) for layer in layers}) > 1:

@@ -8,7 +8,8 @@
     head      logits = norm(x) W + b        after the last layer; the positions move on by one
 
     tokens              [B]                     int64; positions [B] int32: what each row's cache holds, both on the device
-    weights             [out, in] contiguous    bf16 | fp16 | fp32, the parameters themselves: nothing is packed or copied
+    weights             [out, in] contiguous    bf16 | fp16 | fp32, the parameters themselves: nothing is packed or copied;
+                                                matrices also int8, with an fp32 scale a row [out]
     keys, values        [L, B, H, S, D]         like the weights, unit last stride
     x, q, logits        [B, C], [B, C], [B, V]  fp32         h   [B, 4C]   like the weights
     part, lse           [B, splits, C], [B, splits, H]  fp32
@@ -40,7 +41,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._launch import arch, check, check_device, launch
-from ._token import attend_tile, load_rows, matrix_rows, qkv_rows
+from ._token import attend_tile, load_rows, load_scales, matrix_rows, qkv_rows
 
 # Rows that follow one another on the same weights. More keep tensor cores busy.
 MAX_BATCH = 8
@@ -79,8 +80,22 @@ class LayerWeights(NamedTuple):
     down_bias: Tensor | None
 
 
+class LayerScales(NamedTuple):
+    """Of one block's int8 matrices, fp32 [out] each: row r stands for scale[r] * W[r]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    up: Tensor
+    down: Tensor
+
+
 class TokenWeights(NamedTuple):
-    """All that a token reads: tables [V, C] and [P, C], blocks, final norm [C], head [V, C] (the token table where tied)."""
+    """All that a token reads: tables [V, C] and [P, C], blocks, final norm [C], head [V, C] (the token table where tied).
+
+    With `scales` and `head_scale`, all matrices are int8; tables, norms and biases never are.
+    """
 
     tokens: Tensor
     positions: Tensor
@@ -89,6 +104,8 @@ class TokenWeights(NamedTuple):
     norm_shift: Tensor | None
     head: Tensor
     head_bias: Tensor | None
+    scales: tuple[LayerScales, ...] | None = None
+    head_scale: Tensor | None = None
 
 
 class TokenBuffers(NamedTuple):
@@ -107,14 +124,15 @@ def token_buffers(weights: TokenWeights, batch: int, n_heads: int, capacity: int
     device, C, splits = weights.head.device, weights.norm.shape[0], triton.cdiv(capacity, SPLIT_KEYS)
     x, q = (torch.empty(batch, C, device=device) for _ in range(2))
     part, lse = torch.empty(batch, splits, C, device=device), torch.empty(batch, splits, n_heads, device=device)
-    hidden = torch.empty(batch, weights.layers[0].up.shape[0], device=device, dtype=weights.head.dtype)
+    hidden = torch.empty(batch, weights.layers[0].up.shape[0], device=device, dtype=weights.tokens.dtype)
     return TokenBuffers(x, q, part, lse, hidden, torch.empty(batch, vocab_size, device=device))
 
 
 @triton.jit
 def _token_qkv_kernel(
     tokens_ptr, positions_ptr, table_ptr, places_ptr, x_ptr, scale_ptr, shift_ptr, eps,
-    wq_ptr, bq_ptr, wk_ptr, bk_ptr, wv_ptr, bv_ptr, q_ptr, k_ptr, v_ptr, stride_b, stride_h, stride_s,
+    wq_ptr, bq_ptr, wk_ptr, bk_ptr, wv_ptr, bv_ptr, q_scales_ptr, k_scales_ptr, v_scales_ptr, q_ptr, k_ptr, v_ptr,
+    stride_b, stride_h, stride_s,
     C: tl.constexpr, H: tl.constexpr, BLOCK_C: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tiles: tl.constexpr = (C + ROWS - 1) // ROWS
@@ -126,11 +144,18 @@ def _token_qkv_kernel(
         w, bias = load_rows(wk_ptr, bk_ptr, rows, C, C, BLOCK_C)
     else:
         w, bias = load_rows(wv_ptr, bv_ptr, rows, C, C, BLOCK_C)
+    scales_ptr = q_scales_ptr
+    if q_scales_ptr is not None:
+        if which == 1:
+            scales_ptr = k_scales_ptr
+        elif which == 2:
+            scales_ptr = v_scales_ptr
+    scales = load_scales(scales_ptr, rows, C)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     qkv_rows(
-        which, rows, C, w, bias, table_ptr is not None, tl.program_id(0) == 0,
+        which, rows, C, w, bias, scales, table_ptr is not None, tl.program_id(0) == 0,
         tokens_ptr, positions_ptr, table_ptr, places_ptr, x_ptr, scale_ptr, shift_ptr, eps,
         q_ptr, k_ptr, v_ptr, stride_b, stride_h, stride_s, C, H, BLOCK_C, B,
     )  # fmt: skip
@@ -152,18 +177,21 @@ def _token_attend_kernel(
 
 @triton.jit
 def _token_matrix_kernel(
-    x_ptr, scale_ptr, shift_ptr, eps, h_ptr, part_ptr, lse_ptr, positions_ptr, splits, w_ptr, bias_ptr, out_ptr, N,
+    x_ptr, scale_ptr, shift_ptr, eps, h_ptr, part_ptr, lse_ptr, positions_ptr, splits, w_ptr, bias_ptr,
+    scales_ptr, out_ptr, N,
     K: tl.constexpr, BLOCK_K: tl.constexpr, H: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr,
     B: tl.constexpr, ROWS: tl.constexpr, INPUT: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
     ADVANCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     w, bias = load_rows(w_ptr, bias_ptr, rows, N, K, BLOCK_K)
+    scales = load_scales(scales_ptr, rows, N)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     matrix_rows(
-        rows, N, w, bias, x_ptr, scale_ptr, shift_ptr, eps, h_ptr, part_ptr, lse_ptr, positions_ptr, splits, out_ptr, N,
+        rows, N, w, bias, scales, x_ptr, scale_ptr, shift_ptr, eps, h_ptr, part_ptr, lse_ptr, positions_ptr, splits,
+        out_ptr, N,
         K, BLOCK_K, H, SPLIT, BLOCK_S, B, INPUT, ACTIVATION, RESIDUAL,
     )  # fmt: skip
     if ADVANCE and tl.program_id(0) == 0:
@@ -185,12 +213,18 @@ def check_token(tokens: Tensor, positions: Tensor, weights: TokenWeights, keys: 
     """ValueError unless shapes, dtypes and devices are what decode_token says."""
     check_device("decode_token", tokens=tokens, positions=positions, head=weights.head, keys=keys, values=values)
     (L, B, H, _, D), C, layers = keys.shape, weights.norm.shape[0], weights.layers
-    dtype = weights.head.dtype
+    dtype, matrices = weights.tokens.dtype, {layer.up.dtype for layer in layers} | {weights.head.dtype}
+    scaled = weights.scales is not None
     check(1 <= B <= MAX_BATCH, f"decode_token: the batch must be 1 to {MAX_BATCH} rows, got {B}")
     check(
         dtype in (torch.bfloat16, torch.float16, torch.float32) and keys.dtype == values.dtype == dtype,
         f"decode_token: weights, keys and values must be bfloat16, float16 or float32 alike, got {dtype}, {keys.dtype}, "
         f"{values.dtype}",
+    )
+    check(
+        matrices == {torch.int8 if scaled else dtype} and scaled == (weights.head_scale is not None),
+        f"decode_token: matrices must be {torch.int8 if scaled else dtype}{' with a head_scale' if scaled else ''}, "
+        f"got {sorted(map(str, matrices))}",
     )
     check(
         C == H * D and len(layers) == L and values.shape == keys.shape and values.stride() == keys.stride(),
@@ -231,23 +265,24 @@ def decode_token(
     maxnreg = 128 if B > 1 and block <= 2048 else None
     block_s, block_d = triton.next_power_of_2(splits), triton.next_power_of_2(D)
 
-    def matrix(w, bias, out, source, norm=None, shift=None, activation=None, rows=ROWS, advance=False):
+    def matrix(w, bias, scales, out, source, norm=None, shift=None, activation=None, rows=ROWS, advance=False):
         N, K = out.shape[1], w.shape[1]
         block_k = triton.next_power_of_2(K)
         launch(
             _token_matrix_kernel, (triton.cdiv(N, rows),),
-            x, norm, shift, eps, hidden, part, lse, positions, splits, w, bias, out, N,
+            x, norm, shift, eps, hidden, part, lse, positions, splits, w, bias, scales, out, N,
             K=K, BLOCK_K=block_k, H=H, SPLIT=SPLIT_KEYS, BLOCK_S=block_s, B=B, ROWS=rows, INPUT=source,
             ACTIVATION=activation, RESIDUAL=out is x, ADVANCE=advance, PDL=pdl,
             num_warps=_combining_warps(block_k, block_s) if source == "parts" else _warps(block_k), **launch_pdl,
         )  # fmt: skip
 
     for i, layer in enumerate(layers):
+        scales = [None] * 6 if weights.scales is None else weights.scales[i]
         tables = (weights.tokens, weights.positions) if i == 0 else (None, None)
         launch(
             _token_qkv_kernel, (3 * triton.cdiv(C, ROWS),),
             tokens, positions, *tables, x, layer.norm1, layer.norm1_shift, eps, layer.query, layer.query_bias,
-            layer.key, layer.key_bias, layer.value, layer.value_bias, q, keys[i], values[i], *strides,
+            layer.key, layer.key_bias, layer.value, layer.value_bias, *scales[:3], q, keys[i], values[i], *strides,
             C=C, H=H, BLOCK_C=block, B=B, ROWS=ROWS, PDL=pdl, num_warps=_warps(block), maxnreg=maxnreg, **launch_pdl,
         )  # fmt: skip
         launch(
@@ -255,10 +290,11 @@ def decode_token(
             positions, q, keys[i], values[i], part, lse, *strides, splits,
             C=C, H=H, BLOCK_D=block_d, SPLIT=SPLIT_KEYS, PDL=pdl, num_warps=4 if block_d <= 64 else 8, **launch_pdl,
         )  # fmt: skip
-        matrix(layer.out, layer.out_bias, x, "parts", rows=PROJECT_ROWS)
-        matrix(layer.up, layer.up_bias, hidden, "norm", layer.norm2, layer.norm2_shift, activation)
-        matrix(layer.down, layer.down_bias, x, "hidden")
+        matrix(layer.out, layer.out_bias, scales[3], x, "parts", rows=PROJECT_ROWS)
+        matrix(layer.up, layer.up_bias, scales[4], hidden, "norm", layer.norm2, layer.norm2_shift, activation)
+        matrix(layer.down, layer.down_bias, scales[5], x, "hidden")
     matrix(
-        weights.head, weights.head_bias, logits, "norm", weights.norm, weights.norm_shift, rows=HEAD_ROWS, advance=True
-    )
+        weights.head, weights.head_bias, weights.head_scale, logits, "norm", weights.norm, weights.norm_shift,
+        rows=HEAD_ROWS, advance=True,
+    )  # fmt: skip
     return logits

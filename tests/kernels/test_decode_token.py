@@ -258,10 +258,7 @@ MUTANTS = {
     "one split forgotten": ("used = s * SPLIT < length\n", "used = (s + 1) * SPLIT < length\n"),
     "splits unweighted": ("weights = tl.exp2(lse - ", "weights = tl.exp2(0.0 * lse - 0.0 * "),
     "weights of the first head": ("(groups // (C // H))[None, :]", "(groups // (C // H) * 0)[None, :]"),
-    "no bias": (
-        "w.to(tl.float32) * y[None, :], 1) + bias, ACTIVATION)",
-        "w.to(tl.float32) * y[None, :], 1), ACTIVATION)",
-    ),
+    "no bias": ("times_rows(w, y, scales) + bias, ACTIVATION)", "times_rows(w, y, scales), ACTIVATION)"),
     "no residual": ("        if RESIDUAL:", "        if False:"),
     "base e": ("(LOG2_E * D**-0.5)", "(D**-0.5)"),
     "token table alone": ("x += tl.load(places_ptr", "x += 0.0 * tl.load(places_ptr"),
