@@ -66,6 +66,9 @@ KINDS: dict[str, Kind] = {
     "_token_attend_kernel": STREAM,
     "_token_matrix_kernel": STREAM,
     "_token_persistent_kernel": STREAM,
+    "_sample_filter_kernel": STREAM,
+    "_sample_draw_kernel": STREAM,
+    "_sample_pick_kernel": STREAM,
     "_embedding_fwd_kernel": STREAM,
     "_embedding_bwd_kernel": STREAM,
     "_cross_entropy_kernel": STREAM,
@@ -308,6 +311,26 @@ def decode_token_cases(scope: Scope) -> Iterator[Case]:
             yield Case("decode_token", label, partial(run, dtype, width, WIDTHS[width], batch, how))
 
 
+def sample_tokens_cases(scope: Scope) -> Iterator[Case]:
+    from .sampling import sample_tokens
+
+    def run(dtype: torch.dtype, batch: int, options: dict[str, Any]) -> None:
+        seed, positions = meta(1, dtype=torch.int64), meta(batch, dtype=torch.int32)
+        penalised = options.get("repetition_penalty", 1.0) != 1.0
+        seen = torch.empty(batch, VOCABULARY, dtype=torch.bool, device="meta") if penalised else None
+        sample_tokens(meta(batch, VOCABULARY, dtype=dtype), seed, positions, seen=seen, **options)
+
+    filters: dict[str, Any] = {"temperature": 0.8, "top_k": 50, "top_p": 0.9}
+    ways: dict[str, dict[str, Any]] = {"greedy": {}, "temperature": {"temperature": 0.8}, "top-k top-p": filters}
+    if scope.variants:
+        ways["top-k"] = {"temperature": 1.0, "top_k": 50}
+        ways["top-p"] = {"temperature": 1.0, "top_p": 0.9}
+        ways["all filters"] = filters | {"min_p": 0.01, "repetition_penalty": 1.2}
+        ways["greedy penalty"] = {"repetition_penalty": 1.2}
+    for name, (label, options) in itertools.product(scope.dtypes, ways.items()):
+        yield Case("sample_tokens", f"{name} {label}", partial(run, DTYPES[name], 8, options))
+
+
 def cross_entropy_cases(scope: Scope) -> Iterator[Case]:
     from .cross_entropy import cross_entropy, linear_cross_entropy
 
@@ -341,5 +364,6 @@ CASES: dict[tuple[str, ...], Callable[[Scope], Iterable[Case]]] = {
     ("attention",): attention_cases,
     ("decode_attention",): decode_attention_cases,
     ("decode_token",): decode_token_cases,
+    ("sample_tokens",): sample_tokens_cases,
     ("cross_entropy", "linear_cross_entropy"): cross_entropy_cases,
 }

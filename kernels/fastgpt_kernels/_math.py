@@ -1,4 +1,4 @@
-"""Device functions with two or more users: the activations, their derivatives, and the dropout mask.
+"""Device functions with two or more users: the activations, their derivatives, random bits and the dropout mask.
 
 Written without libdevice, which the interpreter lacks, and computed in the dtype that comes in (fp32, fp64).
 A constexpr stands on the right of each operator, since on the left the interpreter takes it for the whole expression.
@@ -56,18 +56,29 @@ def activation_grad(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def dropout_keep(seed, offsets, p):
-    """Whether the elements at `offsets` (int64: each one's index in its logical tensor) survive dropout.
+def random_word(seed, offsets, c2, c3):
+    """32 random bits for each of `offsets` (int64), a pure function of all four; c2 and c3 tell streams apart.
 
-    A pure function of (seed, offset), so the backward pass draws the same mask. Philox4x32 makes four words a counter,
-    and element o takes word o % 4 of counter o // 4: where a thread holds runs of four offsets that the compiler sees
-    start at a multiple of four (rows padded to a power of two, plus tl.arange), it merges their four calls into one.
+    Philox4x32 makes four words a counter, and offset o takes word o % 4 of counter o // 4: where a thread holds runs of four
+    offsets that the compiler sees start at a multiple of four, it merges their four calls into one.
     """
     zero = (offsets * 0).to(tl.int32)
     low, high = (offsets >> 2).to(tl.int32), (offsets >> 34).to(tl.int32)
-    r0, r1, r2, r3 = tl.philox(seed, low, high, zero, zero, _PHILOX_ROUNDS)
+    c2, c3 = zero + c2.to(tl.int32), zero + c3.to(tl.int32)
+    r0, r1, r2, r3 = tl.philox(seed, low, high, c2, c3, _PHILOX_ROUNDS)
     word = (offsets & 3).to(tl.int32)
-    bits = tl.where(word < 2, tl.where(word == 0, r0, r1), tl.where(word == 2, r2, r3))
+    return tl.where(word < 2, tl.where(word == 0, r0, r1), tl.where(word == 2, r2, r3))
+
+
+@triton.jit
+def dropout_keep(seed, offsets, p):
+    """Whether the elements at `offsets` (int64: each one's index in its logical tensor) survive dropout.
+
+    A pure function of (seed, offset), so the backward pass draws the same mask. Runs of four merge where rows are padded to a
+    power of two, plus tl.arange.
+    """
+    zero = tl.full((), 0, tl.int32)
+    bits = random_word(seed, offsets, zero, zero)
     # the 24 high bits as a uniform number of [0, 1): exact in fp32
     return (bits >> 8).to(tl.float32) * (1.0 / 16777216.0) >= p
 
