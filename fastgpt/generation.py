@@ -15,10 +15,11 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fastgpt import ops
 from fastgpt.cache import KVCache
 from fastgpt.config import ContextLengthError, GPTConfig, TokenIdError
 from fastgpt.decoder import Engine
-from fastgpt.sampling import INVALID, SamplingParams, sample
+from fastgpt.sampling import INVALID, Sampler, SamplingParams
 from fastgpt.speculation import Lookahead, check_lookup
 
 Prompts: TypeAlias = Sequence[Sequence[int] | Tensor] | Tensor
@@ -86,6 +87,7 @@ def generate(
     overflow: str = "crop",
     use_cache: bool = True,
     lookup: int = 0,
+    sampler: str = "torch",
     logprobs: bool = False,
     stream: bool = False,
 ) -> list[Completion] | Iterator[Step]:
@@ -97,11 +99,12 @@ def generate(
         max_new_tokens: tokens to add to each prompt, at most.
         temperature, top_k, top_p, min_p, repetition_penalty: see fastgpt.sampling.SamplingParams.
         stop_tokens: ids that end a row; the id that ended it is kept.
-        generator: of the random draws; None is torch's global one. One draw a step for the whole batch.
+        generator: of the random draws; None is torch's global one. One draw a step for the whole batch; one a call if "fused".
         overflow: past the context length, "crop" goes on with the last context_length tokens, recomputed for each new one;
             "stop" ends the row when prompt and completion fill the context; "error" raises ContextLengthError before computing.
         use_cache: False recomputes everything for each token; the tokens are the same.
         lookup: guess up to so many tokens from a row's own text, and judge them in one forward; see fastgpt.speculation.
+        sampler: "torch" draws as transformers does; "fused" in Triton on the GPU, each token by seed, row and position alone.
         logprobs: also report each token's log-probability.
         stream: return an iterator of Steps instead; the work happens as it is consumed.
 
@@ -124,6 +127,7 @@ def generate(
         overflow,
         use_cache,
         lookup,
+        sampler,
         logprobs,
     )
     request.check()
@@ -178,6 +182,7 @@ class _Request(NamedTuple):
     overflow: str
     use_cache: bool
     lookup: int
+    sampler: str
     logprobs: bool
 
     def check(self) -> None:
@@ -189,6 +194,8 @@ class _Request(NamedTuple):
         if self.use_cache and not config.causal:
             raise ValueError("a model with causal=False can't generate with a KV cache; pass use_cache=False")
         check_lookup(self.lookup, self.params, self.use_cache)
+        device = next(iter(self.model.parameters())).device
+        ops.sampler_kernel(self.sampler, device, activation_dtype(self.model, device))
         for row, prompt in enumerate(self.prompts):
             if not prompt:
                 raise ValueError(f"prompt {row} is empty; a prompt needs at least one token")
@@ -359,7 +366,7 @@ def _run(request: _Request, look_always: bool = False) -> Iterator[Step]:
     if not request.prompts or request.max_new_tokens == 0:
         return
     batch = _Batch(request)
-    B, V = len(batch.rows), model.config.vocab_size
+    B = len(batch.rows)
     active = list(range(B))
     if request.overflow == "stop":
         full = [row for row in active if len(batch.rows[row]) >= batch.context]
@@ -370,13 +377,10 @@ def _run(request: _Request, look_always: bool = False) -> Iterator[Step]:
                 [None] * B if request.logprobs else None,
             )
         active = [row for row in active if row not in full]
-    seen: Tensor | None = None
-    if params.repetition_penalty != 1.0:
-        seen = torch.zeros(B, V, dtype=torch.bool, device=batch.device)
-        for row, prompt in enumerate(batch.rows):
-            seen[row, torch.tensor(prompt, device=batch.device)] = True
-    # A draw behind the end of a row would leave the generator further on than a loop that looks at every token.
-    most = 1 if look_always or (request.stop_tokens and params.temperature > 0.0) else LOOK_EVERY
+    kernel = ops.sampler_kernel(request.sampler, batch.device, batch.dtype)
+    choose = Sampler(params, batch.rows, model.config.vocab_size, batch.device, request.generator, kernel)
+    # A draw of torch's behind the end of a row would leave the generator further on than a loop that looks at every token.
+    most = 1 if look_always or (kernel is None and request.stop_tokens and params.temperature > 0.0) else LOOK_EVERY
     ahead = Lookahead(_Batch(request), active, request) if request.lookup else None
     count = 0
     try:
@@ -391,9 +395,7 @@ def _run(request: _Request, look_always: bool = False) -> Iterator[Step]:
                     for _ in range(batch.steps_ahead(active, min(most, request.max_new_tokens - count))):
                         if drawn:
                             logits = batch.ahead(drawn[-1])
-                        chosen = sample(logits, params, seen, request.generator)
-                        if seen is not None:
-                            seen.scatter_(1, chosen.clamp(min=0)[:, None], True)
+                        chosen = choose(logits)
                         if request.logprobs:
                             all_scores = torch.log_softmax(logits.float(), dim=-1)
                             scores.append(all_scores.gather(1, chosen.clamp(min=0)[:, None])[:, 0])

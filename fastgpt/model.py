@@ -233,6 +233,7 @@ class GPTModel(nn.Module):
         overflow: str = "crop",
         use_cache: bool = True,
         lookup: int = 0,
+        sampler: str = "torch",
     ) -> Tensor:
         """Continue every row of idx [B, T]; returns int64 [B, T + n], n <= max_new_tokens.
 
@@ -252,6 +253,7 @@ class GPTModel(nn.Module):
             overflow=overflow,
             use_cache=use_cache,
             lookup=lookup,
+            sampler=sampler,
         )
 
     @classmethod

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fastgpt import reference
+from fastgpt.sampling import SAMPLERS
 
 BACKENDS = ("auto", "triton", "reference")
 OPS = (
@@ -126,6 +127,24 @@ def token_kernels(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType,
     from fastgpt_kernels import decode_persistent, decode_token
 
     return decode_token, decode_persistent
+
+
+def sampler_kernel(sampler: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """What `sampler` draws with: `fastgpt_kernels.sampling.sample_tokens` for "fused", None for "torch".
+
+    The two make different draws, so that nothing chooses between them unasked: ValueError with the reason where "fused" can't
+    run on logits of this device and dtype.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {SAMPLERS}, got {sampler!r}")
+    if sampler == "torch":
+        return None
+    choice, why = explain("sample_tokens", device, dtype)
+    if choice == "reference":
+        raise ValueError(f"sampler 'fused' runs on the Triton backend alone, and here that is not in use: {why}")
+    from fastgpt_kernels.sampling import sample_tokens
+
+    return sample_tokens
 
 
 def embedding(

@@ -3,16 +3,20 @@
 The order is transformers': repetition penalty, temperature, top-k, top-p, min-p, softmax, draw. With only temperature and top-k
 it is nanoGPT's and the book's as well. The draw is one `torch.multinomial` on fp32 probabilities for the whole batch, so that
 one seed gives the same tokens in all four.
+
+The "fused" sampler makes the same choice in kernels on a GPU, with draws of its own: each belongs to a row and a position.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
 
+SAMPLERS = ("torch", "fused")
 INVALID = -1  # the token of a row that has NaN, +Inf or nothing but -Inf logits
 
 
@@ -95,3 +99,49 @@ def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
         drop = probabilities < params.min_p * probabilities.amax(dim=-1, keepdim=True)
         logits = logits.masked_fill(drop, -math.inf)
     return logits
+
+
+class Sampler:
+    """Chooses a token for every row of a generation, step by step.
+
+    Args:
+        params: how.
+        prompts: the rows' tokens so far.
+        vocab_size: V.
+        device: of the logits.
+        generator: of the draws; None is torch's global one. torch's sampler draws from it each step, the fused one a seed once.
+        kernel: fastgpt_kernels.sampling.sample_tokens for the fused sampler, None for torch's.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompts: Sequence[Sequence[int]],
+        vocab_size: int,
+        device: torch.device,
+        generator: torch.Generator | None,
+        kernel: Callable[..., Tensor] | None,
+    ) -> None:
+        self._params, self._generator, self._kernel = params, generator, kernel
+        self._seen: Tensor | None = None
+        if params.repetition_penalty != 1.0:
+            self._seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+            for row, prompt in enumerate(prompts):
+                self._seen[row, torch.tensor(prompt, device=device)] = True
+        if kernel is not None:
+            where = device if generator is None else generator.device
+            self._seed = torch.zeros(1, dtype=torch.int64, device=device)
+            if params.temperature > 0.0:
+                self._seed = torch.randint(2**63 - 1, (1,), generator=generator, device=where).to(device)
+            self._positions = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32, device=device)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """logits [B, V] -> int64 [B], INVALID where a row's logits are not usable; rows that have ended count as well."""
+        if self._kernel is None:
+            chosen = sample(logits, self._params, self._seen, self._generator)
+        else:
+            chosen = self._kernel(logits, self._seed, self._positions, *astuple(self._params), self._seen)
+            self._positions += 1
+        if self._seen is not None:
+            self._seen.scatter_(1, chosen.clamp(min=0)[:, None], True)
+        return chosen

@@ -11,7 +11,7 @@ import torch
 from models import tiny_model
 from torch import nn
 
-from fastgpt import GPTModel, decoder, generate, generation, use_backend
+from fastgpt import GPTModel, decoder, generate, generation, ops, use_backend
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
@@ -207,3 +207,86 @@ def test_plans_and_engines_go_with_their_model(device):
     del model
     gc.collect()
     assert gone() is None
+
+
+def fused(model: GPTModel, *args, seed: int = 5, **options):
+    generator = torch.Generator(model.device).manual_seed(seed)
+    return ours(model, *args, sampler="fused", generator=generator, **options)
+
+
+HOT = {"temperature": 1.5, "top_k": 60, "repetition_penalty": 1.1}
+
+
+def test_the_fused_sampler_is_greedy_like_the_references(model):
+    assert fused(model, PROMPTS, 7) == exact(model, PROMPTS, 7)
+    idx = torch.tensor([[1, 2, 3]], device=model.device)
+    with use_backend("triton"):
+        assert torch.equal(model.generate(idx, 6, sampler="fused"), model.generate(idx, 6))
+
+
+def test_the_fused_sampler_reproduces_whenever_the_host_looks(model, monkeypatch):
+    done = fused(model, PROMPTS, 4, **HOT)
+    assert done != fused(model, PROMPTS, 4, **HOT, seed=6)
+    looks = []
+    stack = torch.stack
+    monkeypatch.setattr(generation.torch, "stack", lambda tensors: looks.append(len(tensors)) or stack(tensors))
+    assert fused(model, PROMPTS, 4, **HOT) == done
+    # rows that stop, draws behind their end, and who is left in the batch change no other token
+    stop = done[0].tokens[1]
+    stopped = fused(model, PROMPTS, 4, **HOT, stop_tokens=[stop])
+    assert looks == [4, 4], "as far ahead with stop tokens as without"
+    for row, stops in zip(done, stopped, strict=True):
+        end = row.tokens.index(stop) + 1 if stop in row.tokens else len(row.tokens)
+        assert stops.tokens == row.tokens[:end]
+        assert stops.finish_reason == ("stop" if stop in row.tokens else "length")
+    monkeypatch.setattr(generation, "LOOK_EVERY", 2)
+    assert fused(model, PROMPTS, 4, **HOT, stop_tokens=[stop]) == stopped
+    assert fused(model, PROMPTS[:1], 4, **HOT)[0] == done[0], "the first row alone"
+
+
+def test_the_fused_sampler_takes_one_draw_a_call_and_none_when_greedy(model):
+    generator = torch.Generator(model.device).manual_seed(5)
+    untouched = generator.get_state()
+    ours(model, PROMPTS, 2, sampler="fused", generator=generator)
+    assert torch.equal(generator.get_state(), untouched)
+    global_state = torch.random.get_rng_state()
+    first = ours(model, PROMPTS, 3, temperature=1.5, sampler="fused", generator=generator)
+    assert ours(model, PROMPTS, 3, temperature=1.5, sampler="fused", generator=generator) != first
+    once = torch.Generator(model.device).manual_seed(5)
+    for _ in range(2):
+        torch.randint(2**63 - 1, (1,), generator=once, device=model.device)
+    assert torch.equal(generator.get_state(), once.get_state())
+    assert torch.equal(torch.random.get_rng_state(), global_state)
+
+
+def test_the_fused_sampler_without_an_engine_or_a_cache(model, steps):
+    done = fused(model, [[1, 2]], 5, temperature=0.7)
+    assert steps
+    assert fused(model, [[1, 2]], 5, temperature=0.7, use_cache=False) == done
+    with use_backend("triton"):
+        generator = torch.Generator(model.device).manual_seed(5)
+        stream = generate(model, [[1, 2]], 5, temperature=0.7, sampler="fused", generator=generator, stream=True)
+        assert [step.tokens[0] for step in stream] == done[0].tokens
+
+
+def test_the_fused_sampler_names_the_row_that_is_not_usable(model):
+    with torch.no_grad():
+        model.tok_emb.weight[42] = torch.nan
+    for options in ({}, HOT):
+        with pytest.raises(ValueError, match="the logits of row 1 are NaN or Inf after 1 tokens"):
+            fused(model, [[1], [42]], 2, **options)
+
+
+def test_a_fused_sampler_that_cannot_run_says_why(model, monkeypatch):
+    with (
+        use_backend("reference"),
+        pytest.raises(ValueError, match=r"sampler 'fused' runs on the Triton backend .* asked for"),
+    ):
+        generate(model, PROMPTS, 2, sampler="fused", stream=True)
+    with pytest.raises(ValueError, match=r"sampler must be one of \('torch', 'fused'\), got 'fast'"):
+        generate(model, PROMPTS, 2, sampler="fast")
+    monkeypatch.setattr(ops, "_INTERPRETING", False)
+    on_cpu = tiny_model(n_layers=1)
+    for backend in ("auto", "triton"):
+        with use_backend(backend), pytest.raises(ValueError, match="on cpu; Triton kernels need a CUDA device"):
+            on_cpu.generate(torch.tensor([[1]]), 2, sampler="fused")
