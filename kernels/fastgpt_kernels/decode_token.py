@@ -262,18 +262,21 @@ def decode_token(
     splits, launch_pdl = part.shape[1], {"launch_pdl": True} if pdl else {}
     block, strides = triton.next_power_of_2(C), keys.stride()[1:4]
     # Left alone, ptxas holds the unrolled rows to 72 registers on sm86 and spills two.
-    maxnreg = 128 if B > 1 and block <= 2048 else None
+    maxnreg = 128 if B > 1 and block <= 1024 else None
     block_s, block_d = triton.next_power_of_2(splits), triton.next_power_of_2(D)
 
     def matrix(w, bias, scales, out, source, norm=None, shift=None, activation=None, rows=ROWS, advance=False):
         N, K = out.shape[1], w.shape[1]
         block_k = triton.next_power_of_2(K)
+        warps = _combining_warps(block_k, block_s) if source == "parts" else _warps(block_k)
+        if rows * block_k > 128 * 32 * warps:
+            warps *= 2  # weights stay for all rows of the batch, and more than 128 a thread spill
         launch(
             _token_matrix_kernel, (triton.cdiv(N, rows),),
             x, norm, shift, eps, hidden, part, lse, positions, splits, w, bias, scales, out, N,
             K=K, BLOCK_K=block_k, H=H, SPLIT=SPLIT_KEYS, BLOCK_S=block_s, B=B, ROWS=rows, INPUT=source,
             ACTIVATION=activation, RESIDUAL=out is x, ADVANCE=advance, PDL=pdl,
-            num_warps=_combining_warps(block_k, block_s) if source == "parts" else _warps(block_k), **launch_pdl,
+            num_warps=warps, **launch_pdl,
         )  # fmt: skip
 
     for i, layer in enumerate(layers):
