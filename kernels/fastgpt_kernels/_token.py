@@ -35,11 +35,12 @@ def load_rows(w_ptr, bias_ptr, rows, end, K: tl.constexpr, BLOCK_K: tl.constexpr
 
 @triton.jit
 def load_scales(scales_ptr, rows, end):
-    """What each of the rows of an int8 W is multiplied with; None where W is what it says."""
+    """What each of the rows of an int8 W is multiplied with; ones where W is what it says."""
     if scales_ptr is None:
-        return None
+        scales = tl.full(rows.shape, 1.0, tl.float32)
     else:
-        return tl.load(scales_ptr + rows, mask=rows < end, other=0.0)
+        scales = tl.load(scales_ptr + rows, mask=rows < end, other=0.0)
+    return scales
 
 
 @triton.jit
