@@ -16,6 +16,7 @@ packed, so that a change in place is seen, and a replaced parameter is noticed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -27,6 +28,8 @@ from fastgpt import ops
 from fastgpt.cache import KVCache
 from fastgpt.config import GPTConfig
 from fastgpt.reference import activate, decode_attention
+from fastgpt.replay import Graph, Loop, Reading
+from fastgpt.sampling import Sampler
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -133,10 +136,14 @@ DESIGN = "kernels"
 CAPACITY_STEP = 256
 
 
+# Ways to sample that an engine keeps a graph for.
+KEPT_LOOPS = 4
+
+
 class Engine:
     """One new token a row for the rows of its own KV cache; one caller has it at a time, from `acquire` to `release`.
 
-    Fill `cache` (a prefill by the model), call `begin`, then `step` for each token.
+    Fill `cache` (a prefill by the model), call `begin`, then `step` for each token, or a `loop` that chooses them as well.
 
     Args:
         config: of the model.
@@ -154,9 +161,10 @@ class Engine:
         self.cache = KVCache(config, batch_size, capacity, dtype, self.device)
         self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         self.positions = torch.zeros(batch_size, dtype=torch.int32, device=self.device)
-        self._graph: torch.cuda.CUDAGraph | None = None
         self._fused: Callable[[], Tensor] | None = self._fuse(ops.token_kernels(self.device, dtype))
         self.logits = table.new_empty(batch_size, config.vocab_size) if self._fused is None else self._buffers.logits
+        self._step = Graph([self.positions], self.device)
+        self._loops: dict[Any, Loop] = {}
 
     def _fuse(self, modules: tuple[Any, Any] | str) -> Callable[[], Tensor] | None:
         """What launches a token's fused kernels, or None where they don't apply."""
@@ -178,6 +186,11 @@ class Engine:
             return lambda: persistent.decode_persistent(*state, pointers, barrier, *rest)
         return lambda: kernels.decode_token(*state, *rest, pdl=DESIGN == "dependent")
 
+    @property
+    def room(self) -> int:
+        """Steps that every row still has positions for."""
+        return self.cache.max_length - self.cache.longest
+
     def begin(self) -> None:
         """Take over from the cache as it stands now."""
         self.positions.copy_(self.cache.device_lengths)
@@ -185,35 +198,47 @@ class Engine:
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits [B, V] after one more token a row, int64 [B]. The next step overwrites them."""
-        if self.cache.longest >= self.cache.max_length:
-            raise ValueError(f"the KV cache of {self.cache.max_length} positions is full")
+        self._grow(1)
         self.tokens.copy_(tokens)
-        if self.device.type == "cuda":
-            if self._graph is None:
-                self._capture()
-            assert self._graph is not None
-            self._graph.replay()
-        else:
-            self._token()
-        self.cache.lengths = [length + 1 for length in self.cache.lengths]
-        self.cache.longest += 1
+        self._step(self._token)
         return self.logits
+
+    def _grow(self, count: int) -> None:
+        """Take positions for `count` steps; ValueError if a row has no room for them."""
+        cache = self.cache
+        if count > self.room:
+            raise ValueError(f"the KV cache of {cache.max_length} positions is full: {cache.longest} are taken")
+        cache.lengths = [length + count for length in cache.lengths]
+        cache.longest += count
+
+    def loop(self, sampler: Sampler, rows: Sequence[int]) -> Loop:
+        """What `run` chooses tokens with: these rows, in the engine's order, of those that `sampler` (a fused one) draws for."""
+        key = Loop.key(sampler)
+        loop = self._loops.pop(key, None) or Loop(sampler, self.tokens, self.positions)
+        self._loops[key] = loop  # the newest is the last
+        if len(self._loops) > KEPT_LOOPS:
+            del self._loops[next(iter(self._loops))]
+        loop.take(sampler, rows)
+        return loop
+
+    def run(self, loop: Loop, sampler: Sampler, count: int) -> Reading:
+        """Start `count` steps, each with the choice of its next token, no more than the loop keeps; what to read them from."""
+        self._grow(count)
+        assert sampler.kernels is not None
+        draw, settings = sampler.kernels.draw_tokens, astuple(sampler.params)
+
+        def step() -> None:
+            self._token()
+            draw(self.logits, loop.draws, *settings)
+
+        for _ in range(count):
+            loop.graph(step)
+        sampler.count += count
+        return Reading(loop.draws.drawn, sampler.count - count, count)
 
     def release(self) -> None:
         """Give it back for the next call of the same size."""
         self.pool.append(self)
-
-    def _capture(self) -> None:
-        # Compiled and warm before the capture, on another stream as torch asks; what that run writes the first replay overwrites.
-        before, stream = self.positions.clone(), torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            self._token()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        self.positions.copy_(before)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._token()
 
     def _token(self) -> None:
         if self._fused is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -129,22 +129,24 @@ def token_kernels(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType,
     return decode_token, decode_persistent
 
 
-def sampler_kernel(sampler: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
-    """What `sampler` draws with: `fastgpt_kernels.sampling.sample_tokens` for "fused", None for "torch".
+def sampler_kernels(sampler: str, device: torch.device, dtype: torch.dtype, greedy: bool = False) -> ModuleType | None:
+    """What `sampler` draws with: `fastgpt_kernels.sampling` for "fused", None for "torch".
 
     The two make different draws, so that nothing chooses between them unasked: ValueError with the reason where "fused" can't
-    run on logits of this device and dtype.
+    run on logits of this device and dtype. The most likely token is the same in both: `greedy` gives the kernels where they run.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {SAMPLERS}, got {sampler!r}")
-    if sampler == "torch":
+    if sampler == "torch" and not greedy:
         return None
     choice, why = explain("sample_tokens", device, dtype)
     if choice == "reference":
+        if sampler == "torch":
+            return None
         raise ValueError(f"sampler 'fused' runs on the Triton backend alone, and here that is not in use: {why}")
-    from fastgpt_kernels.sampling import sample_tokens
+    from fastgpt_kernels import sampling
 
-    return sample_tokens
+    return sampling
 
 
 def embedding(

@@ -10,8 +10,10 @@ The "fused" sampler makes the same choice in kernels on a GPU, with draws of its
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +112,9 @@ class Sampler:
         vocab_size: V.
         device: of the logits.
         generator: of the draws; None is torch's global one. torch's sampler draws from it each step, the fused one a seed once.
-        kernel: fastgpt_kernels.sampling.sample_tokens for the fused sampler, None for torch's.
+        kernels: fastgpt_kernels.sampling for the fused sampler, None for torch's.
+        stop_tokens: ids that end a row, for the fused sampler to look at on the device.
+        kept: how many of a row's newest tokens `draws.drawn` holds.
     """
 
     def __init__(
@@ -120,28 +124,44 @@ class Sampler:
         vocab_size: int,
         device: torch.device,
         generator: torch.Generator | None,
-        kernel: Callable[..., Tensor] | None,
+        kernels: ModuleType | None,
+        stop_tokens: Collection[int] = (),
+        kept: int = 1,
     ) -> None:
-        self._params, self._generator, self._kernel = params, generator, kernel
+        self.params, self.kernels = params, kernels
+        self.draws: Any = None  # fastgpt_kernels.sampling.Draws of all rows
+        self.count = 0  # of tokens chosen for each row
+        self._generator = generator
         self._seen: Tensor | None = None
+        B = len(prompts)
         if params.repetition_penalty != 1.0:
-            self._seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+            self._seen = torch.zeros(B, vocab_size, dtype=torch.bool, device=device)
             for row, prompt in enumerate(prompts):
                 self._seen[row, torch.tensor(prompt, device=device)] = True
-        if kernel is not None:
-            where = device if generator is None else generator.device
-            self._seed = torch.zeros(1, dtype=torch.int64, device=device)
-            if params.temperature > 0.0:
-                self._seed = torch.randint(2**63 - 1, (1,), generator=generator, device=where).to(device)
-            self._positions = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32, device=device)
+        if kernels is None:
+            return
+        where = device if generator is None else generator.device
+        seed = torch.zeros(1, dtype=torch.int64, device=device)
+        if params.temperature > 0.0:
+            seed = torch.randint(2**63 - 1, (1,), generator=generator, device=where).to(device)
+        stops = [*stop_tokens] + [INVALID] * (-len(stop_tokens) % kernels.STOPS)
+        self.draws = kernels.Draws(
+            seed=seed,
+            rows=torch.arange(B, dtype=torch.int32, device=device),
+            positions=torch.zeros(B, dtype=torch.int32, device=device),
+            stops=torch.tensor(stops, dtype=torch.int64, device=device),
+            ended=torch.zeros(B, dtype=torch.uint8, device=device),
+            tokens=torch.zeros(B, dtype=torch.int64, device=device),
+            drawn=torch.zeros(kept, B, dtype=torch.int64, device=device),
+            seen=None if self._seen is None else self._seen.view(torch.uint8),
+        )
 
     def __call__(self, logits: Tensor) -> Tensor:
         """logits [B, V] -> int64 [B], INVALID where a row's logits are not usable; rows that have ended count as well."""
-        if self._kernel is None:
-            chosen = sample(logits, self._params, self._seen, self._generator)
-        else:
-            chosen = self._kernel(logits, self._seed, self._positions, *astuple(self._params), self._seen)
-            self._positions += 1
+        self.count += 1
+        if self.kernels is not None:
+            return self.kernels.draw_tokens(logits, self.draws, *astuple(self.params)).clone()
+        chosen = sample(logits, self.params, self._seen, self._generator)
         if self._seen is not None:
             self._seen.scatter_(1, chosen.clamp(min=0)[:, None], True)
         return chosen

@@ -19,38 +19,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fastgpt.cache import KVCache
+from fastgpt.batch import Batch
 from fastgpt.sampling import INVALID, SamplingParams, sample
 
 NGRAMS = (3, 2, 1)  # tokens that must match, the longest first
 
 GREEDY = SamplingParams()
-
-
-class Batch(Protocol):
-    """The rows of a generation and the cache of those that still have positions; see fastgpt.generation."""
-
-    model: Any
-    rows: list[list[int]]
-    context: int
-    capacity: int
-    device: torch.device
-    cache: KVCache | None
-    cached: list[int]
-    engine: Any
-
-    def logits(self, active: list[int]) -> Tensor: ...
-
-    def uncached(self, rows: list[int]) -> list[tuple[list[int], Tensor]]: ...
-
-    def keep(self, rows: list[int]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Request(Protocol):

@@ -11,7 +11,8 @@ import torch
 from models import tiny_model
 from torch import nn
 
-from fastgpt import GPTModel, decoder, generate, generation, ops, use_backend
+from fastgpt import GPTModel, decoder, generate, generation, ops, replay, use_backend
+from fastgpt.batch import prefill
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
@@ -37,8 +38,17 @@ def model(device) -> GPTModel:
 def steps(monkeypatch) -> list[int]:
     """How many rows each step of an engine had."""
     made = []
-    step = decoder.Engine.step
-    monkeypatch.setattr(decoder.Engine, "step", lambda self, t: made.append(len(t)) or step(self, t))
+    token = decoder.Engine._token
+    monkeypatch.setattr(decoder.Engine, "_token", lambda self: made.append(len(self.tokens)) or token(self))
+    return made
+
+
+@pytest.fixture
+def bursts(monkeypatch) -> list[int]:
+    """How many tokens each burst of an engine had."""
+    made = []
+    run = decoder.Engine.run
+    monkeypatch.setattr(decoder.Engine, "run", lambda *args: made.append(args[3]) or run(*args))
     return made
 
 
@@ -53,14 +63,27 @@ def ours(model: GPTModel, *args, **options):
         return generate(model, *args, **options)
 
 
-@pytest.mark.parametrize("look_every", [2, 16])
-def test_ragged_rows_and_their_stops_give_the_references_tokens(model, steps, monkeypatch, look_every):
+@pytest.mark.parametrize(("look_every", "rows"), [(2, [3] * 4 + [1] * 3), (16, [3] * 7)])
+def test_ragged_rows_and_their_stops_give_the_references_tokens(model, steps, monkeypatch, look_every, rows):
     monkeypatch.setattr(generation, "LOOK_EVERY", look_every)
-    plain = exact(model, PROMPTS, 7)
-    stops = [plain[0].tokens[2], plain[1].tokens[4]]
-    expected = exact(model, PROMPTS, 7, stop_tokens=stops)
-    assert ours(model, PROMPTS, 7, stop_tokens=stops) == expected
-    assert len(set(steps)) == (1 if look_every == 16 else 3), "finished rows leave the batch when the host looks"
+    plain = exact(model, PROMPTS, 8)
+    stops = [plain[0].tokens[1], plain[1].tokens[2]]
+    expected = exact(model, PROMPTS, 8, stop_tokens=stops)
+    assert [done.finish_reason for done in expected] == ["stop", "stop", "length"]
+    assert ours(model, PROMPTS, 8, stop_tokens=stops) == expected
+    assert steps == rows, "once half the rows have finished and the host has looked, the others go on without them"
+
+
+def test_a_finished_row_does_not_run_past_its_positions(model, steps, monkeypatch):
+    """It stands in the engine's batch still, further on than the others."""
+    monkeypatch.setattr(generation, "LOOK_EVERY", 2)
+    prompts = [[7] * 14, [3], [4, 5]]
+    plain = exact(model, prompts, 12)
+    stop = plain[0].tokens[1]
+    expected = exact(model, prompts, 12, stop_tokens=[stop])
+    assert [len(done.tokens) for done in expected] == [2, 12, 12]
+    assert ours(model, prompts, 12, stop_tokens=[stop]) == expected
+    assert set(steps) == {3, 2}
 
 
 @pytest.mark.parametrize(("batch", "count", "design"), [(1, 18, "kernels"), (1, 18, "one kernel"), (9, 4, "kernels")])
@@ -167,18 +190,37 @@ def test_what_has_no_engine_says_why_and_uses_the_modules(model, steps):
     assert steps == []
 
 
-def test_the_host_looks_once_in_a_while(model, monkeypatch):
-    looks = []
-    stack = torch.stack
-    monkeypatch.setattr(generation.torch, "stack", lambda tensors: looks.append(len(tensors)) or stack(tensors))
-    ours(model, [[1, 2]], 12)
-    assert looks == [12]
+def test_the_host_looks_once_in_a_while_and_one_burst_ahead(model, bursts, monkeypatch):
+    assert ours(model, [[1, 2]], 12) == exact(model, [[1, 2]], 12)
+    assert bursts == [11], "the first token comes from the prefill"
+    monkeypatch.setattr(generation, "LOOK_EVERY", 4)
+    order = []
+    reading = replay.Reading
+    monkeypatch.setattr(decoder, "Reading", lambda *args: order.append("start") or reading(*args))
+    tokens = reading.tokens
+    monkeypatch.setattr(reading, "tokens", lambda self: order.append("read") or tokens(self))
+    ours(model, [[1, 2]], 14)
+    assert order == ["start", "start", "read", "start", "read", "start", "read", "read"]
+    assert bursts == [11, 4, 4, 4, 1]
+    with use_backend("triton"):
+        stream = generate(model, [[1, 2]], 4, stream=True)
+        assert [step.tokens[0] for step in stream] == exact(model, [[1, 2]], 4)[0].tokens
+    assert bursts[5:] == [1, 1, 1], "a stream's tokens are made when they are asked for"
+
+
+def test_samplers_take_turns_in_their_own_loops(model, monkeypatch):
+    """Other settings have other graphs; the oldest of too many goes."""
+    monkeypatch.setattr(decoder, "KEPT_LOOPS", 2)
+    expected = [fused(model, PROMPTS, 3, temperature=t) for t in (0.5, 1.0, 1.5)]
+    assert [fused(model, PROMPTS, 3, temperature=t) for t in (1.5, 0.5, 1.0)] == [expected[2], *expected[:2]]
+    (engine,) = decoder._engines[model]
+    assert [key[0].temperature for key in engine._loops] == [0.5, 1.0]
 
 
 def test_a_full_cache_is_an_error(model):
     with use_backend("triton"), torch.no_grad():
         engine = model.decode_engine(1, 1)
-        generation.prefill(model, engine.cache, [[1] * 16])
+        prefill(model, engine.cache, [[1] * 16])
         engine.begin()
         with pytest.raises(ValueError, match="cache of 16 positions is full"):
             engine.step(torch.tensor([1], device=model.device))
@@ -224,24 +266,24 @@ def test_the_fused_sampler_is_greedy_like_the_references(model):
         assert torch.equal(model.generate(idx, 6, sampler="fused"), model.generate(idx, 6))
 
 
-def test_the_fused_sampler_reproduces_whenever_the_host_looks(model, monkeypatch):
-    done = fused(model, PROMPTS, 4, **HOT)
-    assert done != fused(model, PROMPTS, 4, **HOT, seed=6)
-    looks = []
-    stack = torch.stack
-    monkeypatch.setattr(generation.torch, "stack", lambda tensors: looks.append(len(tensors)) or stack(tensors))
-    assert fused(model, PROMPTS, 4, **HOT) == done
+def test_the_fused_sampler_reproduces_whenever_the_host_looks(model, bursts, monkeypatch):
+    done = fused(model, PROMPTS, 6, **HOT)
+    assert done != fused(model, PROMPTS, 6, **HOT, seed=6)
+    assert fused(model, PROMPTS, 6, **HOT) == done
     # rows that stop, draws behind their end, and who is left in the batch change no other token
-    stop = done[0].tokens[1]
-    stopped = fused(model, PROMPTS, 4, **HOT, stop_tokens=[stop])
-    assert looks == [4, 4], "as far ahead with stop tokens as without"
-    for row, stops in zip(done, stopped, strict=True):
-        end = row.tokens.index(stop) + 1 if stop in row.tokens else len(row.tokens)
-        assert stops.tokens == row.tokens[:end]
-        assert stops.finish_reason == ("stop" if stop in row.tokens else "length")
-    monkeypatch.setattr(generation, "LOOK_EVERY", 2)
-    assert fused(model, PROMPTS, 4, **HOT, stop_tokens=[stop]) == stopped
-    assert fused(model, PROMPTS[:1], 4, **HOT)[0] == done[0], "the first row alone"
+    stops = [done[0].tokens[1], done[1].tokens[2]]
+    stopped = fused(model, PROMPTS, 6, **HOT, stop_tokens=stops)
+    assert bursts == [5] * 4, "as far ahead with stop tokens as without"
+    for row, short in zip(done, stopped, strict=True):
+        end = next((i + 1 for i, token in enumerate(row.tokens) if token in stops), 6)
+        assert short.tokens == row.tokens[:end]
+        assert short.finish_reason == ("stop" if row.tokens[end - 1] in stops else "length")
+    for look_every in (1, 2):
+        monkeypatch.setattr(generation, "LOOK_EVERY", look_every)
+        assert fused(model, PROMPTS, 6, **HOT, stop_tokens=stops) == stopped
+    logprobs = fused(model, PROMPTS, 6, **HOT, stop_tokens=stops, logprobs=True)
+    assert [(c.tokens, c.finish_reason) for c in logprobs] == [(c.tokens, c.finish_reason) for c in stopped]
+    assert fused(model, PROMPTS[:1], 6, **HOT)[0] == done[0], "the first row alone"
 
 
 def test_the_fused_sampler_takes_one_draw_a_call_and_none_when_greedy(model):

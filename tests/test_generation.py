@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel
 
 from fastgpt import Completion, KVCache, generate
 from fastgpt.config import ContextLengthError, TokenIdError
-from fastgpt.generation import prefill
+from fastgpt.batch import prefill
 
 RAGGED = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [50, 60, 70, 80, 90]]
 

@@ -312,7 +312,15 @@ def decode_token_cases(scope: Scope) -> Iterator[Case]:
 
 
 def sample_tokens_cases(scope: Scope) -> Iterator[Case]:
-    from .sampling import sample_tokens
+    from .sampling import STOPS, Draws, draw_tokens, sample_tokens
+
+    def run_in_place(dtype: torch.dtype, batch: int, options: dict[str, Any]) -> None:
+        sizes = {"seed": 1, "rows": batch, "positions": batch, "stops": STOPS, "ended": batch, "tokens": batch}
+        dtypes = {"rows": torch.int32, "positions": torch.int32, "ended": torch.uint8}
+        state = {name: meta(size, dtype=dtypes.get(name, torch.int64)) for name, size in sizes.items()}
+        seen = meta(batch, VOCABULARY, dtype=torch.uint8) if "repetition_penalty" in options else None
+        draws = Draws(**state, drawn=meta(16, batch, dtype=torch.int64), seen=seen)
+        draw_tokens(meta(batch, VOCABULARY, dtype=dtype), draws, **options)
 
     def run(dtype: torch.dtype, batch: int, options: dict[str, Any]) -> None:
         seed, positions = meta(1, dtype=torch.int64), meta(batch, dtype=torch.int32)
@@ -329,6 +337,8 @@ def sample_tokens_cases(scope: Scope) -> Iterator[Case]:
         ways["greedy penalty"] = {"repetition_penalty": 1.2}
     for name, (label, options) in itertools.product(scope.dtypes, ways.items()):
         yield Case("sample_tokens", f"{name} {label}", partial(run, DTYPES[name], 8, options))
+    for label in ("greedy", "greedy penalty") if scope.variants else ("greedy",):
+        yield Case("sample_tokens", f"fp32 in place {label}", partial(run_in_place, torch.float32, 8, ways[label]))
 
 
 def cross_entropy_cases(scope: Scope) -> Iterator[Case]:

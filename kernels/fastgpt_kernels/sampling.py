@@ -24,6 +24,8 @@ https://github.com/flashinfer-ai/flashinfer/blob/main/include/flashinfer/samplin
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -35,6 +37,7 @@ from ._math import random_word
 # Columns of a step of `filter`: 8 a thread of 16 warps, whose sums over four thresholds then fit in 128 registers a thread.
 _CHUNK = 4096
 _SPLIT = 2048  # columns of a program of `draw`: 25 programs for GPT-2's vocabulary
+STOPS = 32  # stop tokens that `pick` compares at a time
 _THRESHOLDS = tl.constexpr(4)  # that a walk tries
 
 
@@ -183,7 +186,7 @@ def _race(
 # stands before and behind them belongs to a row's first program, a warp of it.
 @triton.jit(do_not_specialize=["V", "splits"])
 def _sample_draw_kernel(
-    logits_ptr, seen_ptr, seed_ptr, positions_ptr, best_ptr, index_ptr,
+    logits_ptr, seen_ptr, seed_ptr, positions_ptr, rows_ptr, best_ptr, index_ptr,
     stride_row, stride_column, stride_seen, V, splits, temperature, penalty,
     SPLIT: tl.constexpr, VECTOR: tl.constexpr, GREEDY: tl.constexpr,
 ):  # fmt: skip
@@ -193,15 +196,16 @@ def _sample_draw_kernel(
     logits_ptr += row * stride_row // VECTOR * VECTOR
     seen_row = None if seen_ptr is None else seen_ptr + row * stride_seen
     seed, position = tl.load(seed_ptr), tl.load(positions_ptr + row)
+    named = row if rows_ptr is None else tl.load(rows_ptr + row).to(tl.int64)
     at = split * SPLIT + tl.arange(0, SPLIT)
     best, index = _race(
-        logits_ptr, seen_row, at, begin, (at >= VECTOR) & (at < floor), V, seed, position, row, stride_column,
-        temperature, penalty, GREEDY,
+        logits_ptr, seen_row, at, begin, (at >= VECTOR) & (at < floor), V, seed, position, named,
+        stride_column, temperature, penalty, GREEDY,
     )  # fmt: skip
     at = tl.arange(0, 32)
     at = tl.where(at < VECTOR, at, floor - VECTOR + at)
     edge_best, edge_index = _race(
-        logits_ptr, seen_row, at, begin, (at >= begin) & (at < begin + V) & (split == 0), V, seed, position, row,
+        logits_ptr, seen_row, at, begin, (at >= begin) & (at < begin + V) & (split == 0), V, seed, position, named,
         stride_column, temperature, penalty, GREEDY,
     )  # fmt: skip
     first = (edge_best > best) | ((edge_best == best) & (edge_index < index)) | (edge_best != edge_best)
@@ -209,8 +213,11 @@ def _sample_draw_kernel(
     tl.store(index_ptr + tl.program_id(0), tl.where(first, edge_index, index))
 
 
-@triton.jit(do_not_specialize=["splits"])
-def _sample_pick_kernel(best_ptr, index_ptr, tokens_ptr, splits, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["splits", "stops"])
+def _sample_pick_kernel(
+    best_ptr, index_ptr, tokens_ptr, splits, positions_ptr, seen_ptr, stops_ptr, ended_ptr, drawn_ptr, stride_seen,
+    stops, BLOCK: tl.constexpr, STOPS: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     best = tl.load(best_ptr + row * splits + i, mask=i < splits, other=float("-inf"))
@@ -218,7 +225,18 @@ def _sample_pick_kernel(best_ptr, index_ptr, tokens_ptr, splits, BLOCK: tl.const
     top = tl.max(tl.where(best == best, best, float("-inf")))
     token = tl.min(tl.where(best == top, index, 2147483647))
     usable = (tl.max((best != best).to(tl.int32)) == 0) & (top > float("-inf"))
-    tl.store(tokens_ptr + row, tl.where(usable, token, -1).to(tl.int64))
+    token = tl.where(usable, token, -1).to(tl.int64)
+    tl.store(tokens_ptr + row, token)
+    if drawn_ptr is not None:
+        position, ended = tl.load(positions_ptr + row), tl.load(ended_ptr + row)
+        stopped = (token < 0).to(tl.int32)
+        for start in range(0, stops, STOPS):
+            stopped |= tl.max((tl.load(stops_ptr + start + tl.arange(0, STOPS)) == token).to(tl.int32))
+        tl.store(drawn_ptr + position % KEPT * tl.num_programs(0) + row, tl.where(ended != 0, -2, token))
+        tl.store(ended_ptr + row, ended | stopped.to(tl.uint8))
+        tl.store(positions_ptr + row, position + 1)
+        if seen_ptr is not None:
+            tl.store(seen_ptr + row * stride_seen + token, 1, mask=token >= 0)
 
 
 def _expect(name: str, t: Tensor, dtype: torch.dtype, size: tuple[int, ...]) -> None:
@@ -241,6 +259,50 @@ def filter_logits(logits: Tensor, seen: Tensor | None, temperature, penalty, top
     return kept[:, :V]
 
 
+class Draws(NamedTuple):
+    """What the rows of a generation draw with and what they have drawn, all on the device; `draw_tokens` moves it on.
+
+    seed [1] int64. rows [B] int32: each row's number in its generation, which its draws belong to wherever it stands in a batch.
+    positions [B] int32: how many tokens each has drawn. stops int64 [n], n a multiple of STOPS: the ids that end a row, filled up
+    with -1. ended [B] uint8. tokens [B] int64: the newest. drawn [K, B] int64: token p of a row at p % K; -2 behind its end.
+    seen [B, V] uint8: the tokens that the repetition penalty applies to, or None.
+    """
+
+    seed: Tensor
+    rows: Tensor
+    positions: Tensor
+    stops: Tensor
+    ended: Tensor
+    tokens: Tensor
+    drawn: Tensor
+    seen: Tensor | None
+
+
+def draw_tokens(
+    logits: Tensor,
+    draws: Draws,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+) -> Tensor:
+    """`sample_tokens` in place: logits [B, V] -> draws.tokens, int64 [B]; positions, drawn, ended and seen follow."""
+    B, kept, stops = logits.shape[0], draws.drawn.shape[0], draws.stops.shape[0]
+    for name, dtype, size in (
+        ("rows", torch.int32, (B,)),
+        ("ended", torch.uint8, (B,)),
+        ("tokens", torch.int64, (B,)),
+        ("drawn", torch.int64, (kept, B)),
+        ("stops", torch.int64, (stops,)),
+    ):
+        _expect(name, getattr(draws, name), dtype, size)
+    check(draws.drawn.is_contiguous(), f"draw_tokens: drawn must be contiguous, got strides {draws.drawn.stride()}")
+    check(stops % STOPS == 0, f"draw_tokens: stops must be a multiple of {STOPS} long, got {stops}")
+    settings = temperature, top_k, top_p, min_p, repetition_penalty
+    return _draw(logits, draws.seed, draws.positions, *settings, draws.seen, draws)
+
+
 def sample_tokens(
     logits: Tensor,
     seed: Tensor,
@@ -260,6 +322,12 @@ def sample_tokens(
     logits of the tokens in `seen` (bool or uint8 [B, V], unit last stride) and multiplies the negative ones. The host reads
     nothing, and a CUDA graph may capture it. Raises ValueError for other shapes, dtypes or values.
     """
+    return _draw(logits, seed, positions, temperature, top_k, top_p, min_p, repetition_penalty, seen, None)
+
+
+def _draw(
+    logits: Tensor, seed, positions, temperature, top_k, top_p, min_p, repetition_penalty, seen, draws: Draws | None
+) -> Tensor:
     check_device("sample_tokens", logits=logits, seed=seed, positions=positions, seen=seen)
     check_float("sample_tokens", logits=logits)
     sized = logits.dim() == 2 and 1 <= logits.shape[1] <= 2**24  # tokens are counted in fp32
@@ -277,7 +345,7 @@ def sample_tokens(
     usable = 0.0 < repetition_penalty < float("inf")
     check(usable, f"sample_tokens: repetition_penalty must be over 0, got {repetition_penalty}")
     penalty = None if seen is None or repetition_penalty == 1.0 else float(repetition_penalty)  # None: left out
-    seen = None if penalty is None else seen
+    marked = seen = None if penalty is None else seen
     divisor = None if temperature in (0.0, 1.0) else float(temperature)
     top_k, top_p = None if top_k is None or top_k >= V else top_k, None if top_p is None or top_p >= 1.0 else top_p
     if temperature > 0.0 and not (top_k is top_p is min_p is None):
@@ -287,14 +355,18 @@ def sample_tokens(
     split = min(_SPLIT, max(triton.next_power_of_2(V + vector), 128))
     splits = triton.cdiv(V + vector, split)
     best, index = (torch.empty(B, splits, dtype=dtype, device=logits.device) for dtype in (torch.float32, torch.int32))
-    tokens = torch.empty(B, dtype=torch.int64, device=logits.device)
+    rows = None if draws is None else draws.rows
     launch(
         _sample_draw_kernel, (B * splits,),
-        logits, seen, seed, positions, best, index, *logits.stride(), 0 if seen is None else seen.stride(0),
+        logits, seen, seed, positions, rows, best, index, *logits.stride(), 0 if seen is None else seen.stride(0),
         V, splits, divisor, penalty, SPLIT=split, VECTOR=vector, GREEDY=temperature == 0.0, num_warps=split // 256 or 1,
     )  # fmt: skip
+    tokens = torch.empty(B, dtype=torch.int64, device=logits.device) if draws is None else draws.tokens
+    place = (None,) * 5 if draws is None else (positions, marked, draws.stops, draws.ended, draws.drawn)
     launch(
         _sample_pick_kernel, (B,),
-        best, index, tokens, splits, BLOCK=triton.next_power_of_2(splits), num_warps=1 if splits <= 256 else 4,
+        best, index, tokens, splits, *place, 0 if marked is None else marked.stride(0),
+        0 if draws is None else draws.stops.shape[0], BLOCK=triton.next_power_of_2(splits), STOPS=STOPS,
+        KEPT=1 if draws is None else draws.drawn.shape[0], num_warps=1 if splits <= 256 else 4,
     )  # fmt: skip
     return tokens

@@ -10,7 +10,7 @@ from layouts import LAYOUTS
 from mutants import mutant
 
 from fastgpt.sampling import INVALID, SamplingParams, filtered, sample
-from fastgpt_kernels.sampling import filter_logits, sample_tokens
+from fastgpt_kernels.sampling import STOPS, Draws, draw_tokens, filter_logits, sample_tokens
 
 module = importlib.import_module("fastgpt_kernels.sampling")
 
@@ -212,6 +212,95 @@ def test_a_draw_belongs_to_seed_row_and_position_alone(device):
     assert len(set(sample_tokens(logits, seed, same, temperature=1.0).tolist())) == 4, "rows draw apart"
     assert not torch.equal(sample_tokens(logits, seed + 2**32, positions, temperature=1.0), together)
     assert not torch.equal(sample_tokens(logits, seed + 1, positions, temperature=1.0), together)
+
+
+def draws_of(B, V, stops, kept, device, seen=False):
+    return Draws(
+        seed=torch.full((1,), 11, device=device),
+        rows=torch.tensor([5, 0, 3][:B], dtype=torch.int32, device=device),
+        positions=torch.zeros(B, dtype=torch.int32, device=device),
+        stops=torch.tensor([*stops, *[-1] * (-len(stops) % STOPS)], device=device),
+        ended=torch.zeros(B, dtype=torch.uint8, device=device),
+        tokens=torch.zeros(B, dtype=torch.int64, device=device),
+        drawn=torch.zeros(kept, B, dtype=torch.int64, device=device),
+        seen=torch.zeros(B, V, dtype=torch.uint8, device=device) if seen else None,
+    )
+
+
+def run_of_draws(ours, device):
+    """Five steps in place, beside sample_tokens for the rows' own numbers and what Python keeps of them."""
+    V, kept = 61, 2
+    torch.manual_seed(4)
+    steps = [2 * torch.randn(3, V, device=device) for _ in range(5)]
+    steps[3][1] = torch.nan
+    options = {"temperature": 1.5, "repetition_penalty": 1.4}
+    for stop_at in (STOPS - 1, STOPS + 3):  # the stop is the last of as many as are compared at a time, or among more
+        draws = draws_of(3, V, (), kept, device, seen=True)
+        expected, seen = [], torch.zeros(6, V, dtype=torch.uint8, device=device)
+        for position, logits in enumerate(steps):
+            spread = torch.zeros(6, V, device=device)
+            spread[draws.rows.long()] = logits
+            every = torch.full((6,), position, dtype=torch.int32, device=device)
+            tokens = sample_tokens(spread, draws.seed, every, **options, seen=seen)[draws.rows.long()]
+            expected.append(tokens.tolist())
+            for row, token in zip(draws.rows.tolist(), tokens.tolist(), strict=True):
+                if token >= 0:
+                    seen[row, token] = 1
+        stop = expected[1][0]
+        stops = [V + i for i in range(stop_at)] + [stop]
+        draws = draws._replace(stops=torch.tensor([*stops, *[-1] * (-len(stops) % STOPS)], device=device))
+        ended = [False] * 3
+        for position, logits in enumerate(steps):
+            ours.draw_tokens(logits, draws, **options)
+            assert draws.tokens.tolist() == expected[position]
+            kept_of = [-2 if over else token for over, token in zip(ended, expected[position], strict=True)]
+            assert draws.drawn[position % kept].tolist() == kept_of
+            ended = [over or token in (stop, INVALID) for over, token in zip(ended, expected[position], strict=True)]
+            assert draws.ended.tolist() == [int(over) for over in ended]
+        assert draws.positions.tolist() == [5] * 3
+        assert torch.equal(draws.seen, seen[draws.rows.long()])
+        assert ended[0]
+        assert ended[1]
+
+
+def test_drawing_in_place_follows_the_rows(device):
+    run_of_draws(module, device)
+
+
+@pytest.mark.parametrize(
+    ("original", "changed"),
+    [
+        ("tl.load(rows_ptr + row).to(tl.int64)", "row"),
+        ("tl.where(ended != 0, -2, token)", "token"),
+        ("for start in range(0, stops, STOPS):", "for start in range(0, STOPS, STOPS):"),
+        ("stopped = (token < 0).to(tl.int32)", "stopped = 0"),
+        ("position % KEPT * tl", "position * 0 * tl"),
+        ("tl.store(positions_ptr + row, position + 1)", "tl.store(positions_ptr + row, position)"),
+        ("+ token, 1, mask=token >= 0)", "+ token, 0, mask=token >= 0)"),
+    ],
+)
+def test_mutants_of_drawing_in_place_are_caught(original, changed, device):
+    with pytest.raises(AssertionError):
+        run_of_draws(mutant("sampling", original, changed), device)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": torch.ones(2)}, r"rows must be torch.int32 \[2\] .* got torch.float32 \[2\]"),
+        ({"ended": torch.ones(3, dtype=torch.uint8)}, r"ended must be torch.uint8 \[2\] .* got torch.uint8 \[3\]"),
+        (
+            {"drawn": torch.zeros(2, 4, dtype=torch.int64)[:, ::2]},
+            r"drawn must .* got torch.int64 \[2, 2\] with strides",
+        ),
+        ({"stops": torch.zeros(3, dtype=torch.int64)}, "stops must be a multiple of 32 long, got 3"),
+        ({"tokens": torch.zeros(2)}, "tokens must be torch.int64"),
+    ],
+)
+def test_bad_state_of_drawing_in_place(change, message, device):
+    draws = draws_of(2, 7, (1,), 2, device)
+    with pytest.raises(ValueError, match=message):
+        draw_tokens(torch.ones(2, 7, device=device), draws._replace(**{k: v.to(device) for k, v in change.items()}))
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8}, {"temperature": 1.0, "top_k": 3, "top_p": 0.9}], ids=str)

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from fastgpt.batch import PREFILL_CHUNK, activation_dtype, evaluating
 from fastgpt.cache import KVCache
 from fastgpt.compat.llms_from_scratch.model import GPTModel
-from fastgpt.generation import PREFILL_CHUNK, activation_dtype, evaluating
 from fastgpt.model import GPTModel as CoreModel
 from fastgpt.sampling import SamplingParams, sample
 

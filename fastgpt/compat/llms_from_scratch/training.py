@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from fastgpt.batch import evaluating
 from fastgpt.compat.llms_from_scratch.generation import (
     generate_text_simple,
     ours,
@@ -18,7 +19,6 @@ from fastgpt.compat.llms_from_scratch.generation import (
     unwrapped,
 )
 from fastgpt.decoder import plain
-from fastgpt.generation import evaluating
 from fastgpt.tokenizer import load_tokenizer
 
 Device: TypeAlias = "torch.device | str"
