@@ -1,4 +1,4 @@
-"""What keeps the host out of a decode engine's way: a step as a CUDA graph, the next token's choice inside, tokens read in bursts."""
+"""What keeps the host out of a decode engine's way: a step and the choice of the next token in a CUDA graph, read in bursts."""
 
 from __future__ import annotations
 

@@ -156,8 +156,8 @@ def test_mutants_are_caught(name, device):
 def test_generate_takes_the_engine(device, monkeypatch):
     """The engine's tokens from int8 weights are the float64 ones; a changed scale and a replaced matrix are seen."""
     steps = []
-    step = decoder.Engine.step
-    monkeypatch.setattr(decoder.Engine, "step", lambda self, t: steps.append(len(t)) or step(self, t))
+    token = decoder.Engine._token
+    monkeypatch.setattr(decoder.Engine, "_token", lambda self: steps.append(len(self.tokens)) or token(self))
     model, prompts = int8_model({"n_layers": 1}, device=device), [[5, 6, 7], [9]]
 
     def check():
