@@ -24,6 +24,9 @@ from fastgpt.sampling import INVALID, Sampler
 # and 1024 rows already fill every GEMM; a longer chunk only raises the peak.
 PREFILL_CHUNK = 1024
 
+# Positions of all rows in one prefill forward: 0.8 GB of those activations, whatever the batch.
+PREFILL_TOKENS = 32768
+
 
 class LanguageModel(Protocol):
     """What generation needs of a model. `decode_engine(batch_size, positions)`, where it has one, gives an engine, or why not."""
@@ -41,12 +44,14 @@ class LanguageModel(Protocol):
 
 
 def prefill(
-    model: LanguageModel, cache: KVCache, prompts: Sequence[Sequence[int]], chunk: int = PREFILL_CHUNK
+    model: LanguageModel, cache: KVCache, prompts: Sequence[Sequence[int]], chunk: int | None = None
 ) -> Tensor:
     """Fill an empty cache with prompts of any lengths, `chunk` positions a forward; returns the last positions' logits [B, V].
 
-    Rows are padded at the end for the forward and cut to their own length afterwards: causal attention never looks there.
+    None is as many as PREFILL_CHUNK and PREFILL_TOKENS allow. Rows are padded at the end for the forward and cut to their own
+    length afterwards: causal attention never looks there.
     """
+    chunk = max(min(PREFILL_CHUNK, PREFILL_TOKENS // len(prompts)), 1) if chunk is None else chunk
     device = cache.keys.device
     lengths = [len(prompt) for prompt in prompts]
     padded = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)

@@ -10,9 +10,9 @@ from llms_from_scratch.ch04 import generate_text_simple
 from models import tiny_model
 from transformers import GPT2LMHeadModel
 
-from fastgpt import Completion, KVCache, generate
-from fastgpt.config import ContextLengthError, TokenIdError
+from fastgpt import Completion, KVCache, batch, generate
 from fastgpt.batch import prefill
+from fastgpt.config import ContextLengthError, TokenIdError
 
 RAGGED = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [50, 60, 70, 80, 90]]
 
@@ -37,6 +37,17 @@ def test_every_split_into_chunks_gives_the_uncached_logits(model, chunks):
     pieces = [model(piece, cache) for piece in idx.split(chunks, dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(idx), rtol=0, atol=2e-5)
     assert cache.lengths == [12, 12, 12]
+
+
+def test_prefill_bounds_the_positions_of_a_forward(model, monkeypatch):
+    expected = prefill(model, KVCache(model.config, len(RAGGED)), RAGGED, 64)
+    monkeypatch.setattr(batch, "PREFILL_TOKENS", 14)
+    widths = []
+    hook = model.register_forward_pre_hook(lambda module, args: widths.append(tuple(args[0].shape)))
+    logits = prefill(model, KVCache(model.config, len(RAGGED)), RAGGED)
+    hook.remove()
+    assert widths == [(4, 3)] * 3 + [(4, 2)]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4, 5, 64])
