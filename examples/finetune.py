@@ -16,10 +16,8 @@ import torch
 from fastgpt import GPTModel
 from fastgpt.data import TokenStream, encode_documents, read_text, split_validation
 from fastgpt.evaluation import evaluate
-from fastgpt.lora import add_lora
-from fastgpt.settings import TrainSettings
 from fastgpt.tokenizer import load_tokenizer
-from fastgpt.training import Trainer
+from fastgpt.training import Trainer, TrainSettings, add_lora
 from fastgpt.weights import BUNDLED
 
 

@@ -17,9 +17,8 @@ import torch
 
 from fastgpt import GPTConfig
 from fastgpt.data import TokenStream, encode_documents, split_validation
-from fastgpt.settings import TrainSettings
 from fastgpt.tokenizer import SymbolTokenizer
-from fastgpt.training import Trainer, new_model
+from fastgpt.training import Trainer, TrainSettings, new_model
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 100
 

@@ -20,10 +20,10 @@ import torch.distributed as dist
 from models import tiny_model
 
 from fastgpt.data import TokenStream
-from fastgpt.distributed import World
-from fastgpt.settings import TrainSettings
 from fastgpt.tokenizer import SymbolTokenizer
 from fastgpt.training import Trainer
+from fastgpt.training.distributed import World
+from fastgpt.training.settings import TrainSettings
 
 STEPS, HALF = 6, 3
 TOKENIZER = SymbolTokenizer("char", [chr(33 + n) for n in range(101)])

@@ -19,11 +19,10 @@ import torch
 import torch._dynamo  # before the fork, or every process spends seconds on it
 from models import tiny_config
 
-from fastgpt import checkpoint
 from fastgpt.data import TokenStream
-from fastgpt.settings import TrainSettings
 from fastgpt.tokenizer import SymbolTokenizer
-from fastgpt.training import Trainer, new_model
+from fastgpt.training import Trainer, checkpoint, new_model
+from fastgpt.training.settings import TrainSettings
 
 TOKENIZER = SymbolTokenizer("char", [chr(33 + n) for n in range(101)])
 TOKENS = np.random.default_rng(1).integers(0, 101, 1200).astype(np.uint16)

@@ -20,11 +20,12 @@ import torch.distributed.checkpoint as dcp
 from distributed_runs import HALF, STARTS, STEPS, TOKENS, train
 from models import tiny_model
 
-from fastgpt import GPTModel, checkpoint
-from fastgpt.checkpoint import CheckpointError
+from fastgpt import GPTModel
 from fastgpt.data import TokenStream
-from fastgpt.distributed import World, launched
-from fastgpt.settings import TrainSettings
+from fastgpt.training import checkpoint
+from fastgpt.training.checkpoint import CheckpointError
+from fastgpt.training.distributed import World, launched
+from fastgpt.training.settings import TrainSettings
 
 ROOT = Path(__file__).parent.parent
 Runs = dict[str, dict[str, Any]]

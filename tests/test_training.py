@@ -28,17 +28,17 @@ import torch.nn.functional as F
 from models import tiny_config, tiny_model
 from torch import Tensor, nn
 
-from fastgpt import GPTModel, checkpoint, lora, training, use_backend, weights
-from fastgpt.checkpoint import STATE, CheckpointError
+from fastgpt import GPTModel, use_backend, weights
 from fastgpt.cli import main
 from fastgpt.config import PRESETS, TokenIdError
 from fastgpt.data import TokenStream
-from fastgpt.optimizer import configure_optimizers, optimizer_groups
-from fastgpt.progress import CURVE, LOG, flops_per_token, peak_flops, summary
-from fastgpt.settings import RunSettings, TrainSettings, read_toml, to_toml
 from fastgpt.shards import Tokens, read_shard, write_shard
 from fastgpt.tokenizer import SymbolTokenizer, load_tokenizer
-from fastgpt.training import NonFiniteLoss, Trainer, new_model
+from fastgpt.training import NonFiniteLoss, Trainer, checkpoint, loop, lora, new_model
+from fastgpt.training.checkpoint import STATE, CheckpointError
+from fastgpt.training.optimizer import configure_optimizers, optimizer_groups
+from fastgpt.training.progress import CURVE, LOG, flops_per_token, peak_flops, summary
+from fastgpt.training.settings import RunSettings, TrainSettings, read_toml, to_toml
 from fastgpt.weights import BUNDLED
 
 ROOT = Path(__file__).parent.parent
@@ -398,7 +398,7 @@ def test_every_step_and_rank_has_its_own_seed(tmp_path):
     run = trainer(tmp_path)
     run.run(lambda entry: seeds.append(torch.initial_seed()) if "loss" in entry else None)
     for rank in (0, 1):
-        training._seed(11, 5, rank)
+        loop._seed(11, 5, rank)
         seeds.append(torch.initial_seed())
     assert seeds[-2] == seeds[5]  # step 6 of seed 11 on the first rank
     assert len(set(seeds)) == 13

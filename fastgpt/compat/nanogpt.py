@@ -32,7 +32,7 @@ from fastgpt.checkpoints import layouts
 from fastgpt.checkpoints.dialects import said_activation
 from fastgpt.decoder import plain
 from fastgpt.model import GPTModel
-from fastgpt.optimizer import optimizer_groups
+from fastgpt.training.optimizer import optimizer_groups
 
 A100_BF16_FLOPS = 312e12  # the peak that nanoGPT's MFU is a share of
 APPROXIMATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # GPTConfig.activation -> nn.GELU's approximate

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastgpt.config import GPTConfig
 from fastgpt.files import atomic_write, write_text
-from fastgpt.settings import TrainSettings
+from fastgpt.training.settings import TrainSettings
 
 LOG = "log.jsonl"
 CURVE = "loss.png"

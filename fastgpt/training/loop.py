@@ -1,7 +1,7 @@
 """The training loop: batches, dropout and schedule by the step's number, so that a run is the same however often it was stopped.
 
 A run's directory holds the model as `save_pretrained` writes it with its tokenizer (so `--model DIR` takes it at any time),
-`checkpoints/` (what resuming needs; fastgpt/checkpoint.py), `settings.toml`, `log.jsonl` and `loss.png`.
+`checkpoints/` (what resuming needs; fastgpt/training/checkpoint.py), `settings.toml`, `log.jsonl` and `loss.png`.
 
 Before each step torch's generators are seeded from (seed, step, rank): dropout needs no state saved, and differs between ranks.
 Rank r of n takes its own B / n rows of every batch, so n processes train as one does, but for dropout's draws.
@@ -23,17 +23,18 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from fastgpt import checkpoint, lora, progress, weights
-from fastgpt.capture import CapturedStep
+from fastgpt import weights
 from fastgpt.config import GPTConfig, TokenIdError
 from fastgpt.data import IGNORED, TokenStream
-from fastgpt.distributed import Engine, World, whole
 from fastgpt.files import write_text
 from fastgpt.model import GPTModel
-from fastgpt.optimizer import Updater
-from fastgpt.settings import TrainSettings, differences, to_toml
 from fastgpt.shards import Tokens
 from fastgpt.tokenizer import Tokenizer
+from fastgpt.training import checkpoint, lora, progress
+from fastgpt.training.capture import CapturedStep
+from fastgpt.training.distributed import Engine, World, whole
+from fastgpt.training.optimizer import Updater
+from fastgpt.training.settings import TrainSettings, differences, to_toml
 
 SETTINGS = "settings.toml"
 

@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastgpt.distributed import World
 from fastgpt.files import sync_directory, write_text
+from fastgpt.training.distributed import World
 
 DIRECTORY = "checkpoints"
 MANIFEST = "manifest.json"
