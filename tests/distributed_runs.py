@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch._dynamo  # this and what is below before the fork, or every process spends seconds on it
 import torch.distributed as dist
+import torch.distributed.checkpoint
+import torch.distributed.fsdp  # noqa: F401
 from models import tiny_model
 
 from fastgpt.data import TokenStream
@@ -70,7 +73,7 @@ def train(
 
 
 def ranks(root: Path, name: str, size: int, directory: str, **options: Any) -> None:
-    """Fork `size` processes that train; the first one writes NAME.json."""
+    """Fork `size` processes that train; the first one writes NAME.json. When one fails, the others are killed."""
     store = root / f"{name}.store"
     children = []
     for rank in range(size):
@@ -90,8 +93,14 @@ def ranks(root: Path, name: str, size: int, directory: str, **options: Any) -> N
             (root / f"{name}.rank{rank}.error").write_text(traceback.format_exc())
             os._exit(1)
         os._exit(0)
-    for pid in children:
-        os.waitpid(pid, 0)
+    while children:
+        pid, status = os.wait()
+        children.remove(pid)
+        if status:
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+                os.waitpid(other, 0)
+            raise SystemExit(f"{name}: a rank ended with {os.waitstatus_to_exitcode(status)}")
 
 
 def main() -> None:

@@ -45,8 +45,7 @@ def root(tmp_path_factory) -> Path:
         timeout=500,
     )
     errors = [path.read_text() for path in sorted(root.glob("*.error"))]
-    assert done.returncode == 0, done.stderr
-    assert not errors, errors[0]
+    assert done.returncode == 0, "\n".join([done.stderr, *errors])
     return root
 
 
