@@ -6,6 +6,8 @@ runs uncaptured.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,7 +63,15 @@ class GraphedLoop:
         self.token.copy_(self._forward(self.token, self.position, visible))
         self.position.add_(1)
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
+    def capture(self) -> Callable[[], None]:
+        """What makes a token from `token` and `position`: the graph's replay, or without a GPU the step itself."""
+        if not self.token.is_cuda:
+            return self._step
+        if self.graph is None:
+            self.graph = self._captured()
+        return self.graph.replay
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
         kept = self.token.clone(), self.position.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -84,10 +94,9 @@ class GraphedLoop:
         visible = (self.slots <= positions[:, None])[None, None]
         self.token.copy_(self._forward(idx, positions, visible))
         self.position.fill_(T)
-        if self.graph is None and idx.is_cuda:
-            self.graph = self._capture()
+        replay = self.capture()
         ids = [idx, self.token.clone()]
         for _ in range(new_tokens - 1):
-            self._step() if self.graph is None else self.graph.replay()
+            replay()
             ids.append(self.token.clone())
         return torch.cat(ids, dim=1)[:, : T + new_tokens]

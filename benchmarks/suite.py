@@ -8,6 +8,7 @@ from benchmarks import (
     cross_entropy,
     decode,
     embedding,
+    engine,
     gelu,
     generate,
     host,
@@ -20,7 +21,7 @@ from benchmarks import (
 from benchmarks.harness import Benchmark, Case
 
 OP_FILES = (layer_norm, embedding, softmax, gelu, linear, attention, decode, cross_entropy)
-MODEL_FILES = (generate, context, train_step, memory, host)
+MODEL_FILES = (engine, generate, context, train_step, memory, host)
 
 # Several entries of an op (other inputs, other options) are one benchmark to the outside.
 BENCHMARKS: tuple[Benchmark, ...] = (
