@@ -33,17 +33,18 @@ class Graph:
         self._graph.replay()
 
     def _captured(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        # Compiled and warm before the capture, on another stream as torch asks.
-        before, stream = [t.clone() for t in self._moved], torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        for moved, was in zip(self._moved, before, strict=True):
-            moved.copy_(was)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
+        # On a stream of this device, which need not be the current one; compiled and warm before the capture.
+        before, graph = [t.clone() for t in self._moved], torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run()
+            torch.cuda.current_stream().wait_stream(stream)
+            for moved, was in zip(self._moved, before, strict=True):
+                moved.copy_(was)
+            with torch.cuda.graph(graph, stream=stream):
+                run()
         return graph
 
 
