@@ -296,7 +296,7 @@ def decode_token_cases(scope: Scope) -> Iterator[Case]:
         keys, values = (meta(2, batch, heads, 1024, width // heads, dtype=dtype) for _ in range(2))
         tokens, positions = meta(batch, dtype=torch.int64), meta(batch, dtype=torch.int32)
         buffers = ops.token_buffers(weights, batch, heads, 1024, VOCABULARY)
-        if how == "one kernel":
+        if how.startswith("one kernel"):
             pointers, barrier = decode_persistent.layer_pointers(weights), meta(3, dtype=torch.int32)
             decode_persistent.decode_persistent(tokens, positions, weights, pointers, barrier, keys, values, buffers)
         else:
@@ -306,6 +306,8 @@ def decode_token_cases(scope: Scope) -> Iterator[Case]:
         ways = [("", 8), ("pdl", 1), ("one kernel", 1), ("int8", 8), *([("", 1), ("pdl", 8)] if variants else [])]
         if variants:
             ways += [("int8", 1), ("pdl int8", 1)]
+        if variants or width == scope.widths[0]:
+            ways.append(("one kernel int8", 1))
         for how, batch in ways:
             label = f"{name} C={width} B={batch} {how}".strip()
             yield Case("decode_token", label, partial(run, dtype, width, WIDTHS[width], batch, how))

@@ -261,8 +261,9 @@ def decode_token(
     x, q, part, lse, hidden, logits = buffers
     splits, launch_pdl = part.shape[1], {"launch_pdl": True} if pdl else {}
     block, strides = triton.next_power_of_2(C), keys.stride()[1:4]
-    # Left alone, ptxas holds some of these kernels to 72 or 96 registers for occupancy, and spills two to four.
-    maxnreg = 128 if (B > 1 and block <= 1024) or (B == 1 and weights.scales is not None) else None
+    # Left alone, ptxas holds some of these kernels to 72, 96 or 128 registers for occupancy, and spills two to four.
+    int8, wide_fp32 = weights.scales is not None, block > 1024 and weights.tokens.dtype == torch.float32
+    maxnreg = 128 if (B > 1 and block <= 1024) or (B == 1 and int8) else 168 if int8 and wide_fp32 else None
     block_s, block_d = triton.next_power_of_2(splits), triton.next_power_of_2(D)
 
     def matrix(w, bias, scales, out, source, norm=None, shift=None, activation=None, rows=ROWS, advance=False):

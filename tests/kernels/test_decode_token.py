@@ -11,12 +11,12 @@ import torch
 from compare import assert_as_accurate_as_torch
 from models import tiny_model
 from mutants import mutant
+from one_kernel import as_one_kernel, persistent, small_shares
 
 from fastgpt import PRESETS, GPTModel, KVCache, decoder, use_backend
 from fastgpt_kernels import _launch
 
 module = importlib.import_module("fastgpt_kernels.decode_token")
-persistent = importlib.import_module("fastgpt_kernels.decode_persistent")
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
@@ -39,12 +39,6 @@ def _interpretable(request, monkeypatch):
             monkeypatch.setattr(persistent, name, getattr(persistent, name))
         interpretable(module)
         small_shares(persistent)
-
-
-def small_shares(target):
-    """Several tiles a share, since the one program of the interpreter owns all rows."""
-    target.SPLIT_KEYS, target.TILE_BYTES = 16, 4096
-    return target
 
 
 def token_weights(ops, model: GPTModel):
@@ -94,20 +88,6 @@ def run(ops, model: GPTModel, cache: KVCache, tokens):
     ]
     assert positions.tolist() == [length + len(tokens) for length in lengths]
     return torch.stack(logits), cache
-
-
-def as_one_kernel(ops, one_kernel=persistent):
-    """`ops` with decode_persistent behind decode_token's signature."""
-    barrier: dict[torch.device, torch.Tensor] = {}
-
-    def decode(tokens, positions, weights, *rest):
-        zeros = torch.zeros(3, dtype=torch.int32, device=tokens.device)
-        pointers = one_kernel.layer_pointers(weights)
-        return one_kernel.decode_persistent(
-            tokens, positions, weights, pointers, barrier.setdefault(tokens.device, zeros), *rest
-        )
-
-    return types.SimpleNamespace(**vars(ops) | {"decode_token": decode})
 
 
 @torch.no_grad()
@@ -273,8 +253,8 @@ ONE_KERNEL_MUTANTS = {
     "positions stay": ("tl.load(positions_ptr + b) + 1)", "tl.load(positions_ptr + b))"),
     "next layer's queries from this one": ("pointers_ptr, layer + 1, 2,", "pointers_ptr, layer, 2,"),
     "shares one row short": ("tl.minimum(first + size, N)", "tl.minimum(first + size, N - 1)"),
-    "the same tile again": ("w, bias = later_w, later_bias\n\n\n", "\n\n\n"),
-    "biases of another": ("pointers_ptr, layer, 13, head_ptr", "pointers_ptr, layer, 15, head_ptr"),
+    "the same tile again": ("w, bias, scales = later_w, later_bias, later_scales\n\n\n", "\n\n\n"),
+    "biases of another": ("pointers_ptr, layer, 13, table_ptr", "pointers_ptr, layer, 15, table_ptr"),
 }
 
 
