@@ -187,9 +187,12 @@ class GPTModel(nn.Module):
         x, flat = self.hidden_states(idx).flatten(0, 1), targets.flatten().long()
         head = self.out_head
         if plain(head, nn.Linear):
-            V = self._tokens(head.weight.shape[0])
-            bias = None if head.bias is None else head.bias[:V]
-            return ops.linear_cross_entropy(x, head.weight[:V], flat, bias, ignore_index)
+            weight: Tensor = head.weight
+            bias: Tensor | None = head.bias
+            V = self._tokens(len(weight))
+            if V < len(weight):  # a slice of all rows, too, would copy the whole gradient
+                weight, bias = weight[:V], None if bias is None else bias[:V]
+            return ops.linear_cross_entropy(x, weight, flat, bias, ignore_index)
         return ops.cross_entropy(self._unpadded(head(x)), flat, ignore_index)
 
     @torch.no_grad()

@@ -65,7 +65,9 @@ def softmax(x: Tensor, scale: float = 1.0, causal: bool = False) -> Tensor:
 
     A fully masked row gives zeros, as torch's scaled_dot_product_attention has it. Statistics are fp32 for 16-bit input.
     """
-    scores = x.to(_at_least_float32(x.dtype)) * scale
+    scores = x.to(_at_least_float32(x.dtype))
+    if scale != 1.0:
+        scores = scores * scale
     if causal:
         scores = scores.masked_fill(~causal_mask(x.shape[-2], x.shape[-1], x.device), -math.inf)
     return _safe_softmax(scores).to(x.dtype)
@@ -185,8 +187,11 @@ def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
 
 
 def _safe_softmax(scores: Tensor) -> Tensor:
-    masked = scores.isneginf().all(dim=-1, keepdim=True)
-    return torch.softmax(scores, dim=-1).masked_fill(masked, 0.0)
+    weights = torch.softmax(scores, dim=-1)
+    # A row without a key comes out as NaN from end to end. Where looking is free, one element a row says that there is none.
+    if scores.device.type == "cpu" and not torch.compiler.is_compiling() and not weights[..., :1].isnan().any():
+        return weights
+    return weights.masked_fill(scores.isneginf().all(dim=-1, keepdim=True), 0.0)
 
 
 def _dropout(x: Tensor, p: float, seed: int | None) -> Tensor:

@@ -78,6 +78,13 @@ def test_masked_rows_are_zero():
     x = torch.full((2, 4), -math.inf)
     x[1, 2] = 1.0
     assert reference.softmax(x).tolist() == [[0, 0, 0, 0], [0, 0, 1, 0]]
+    x[1, 0] = math.nan
+    y = reference.softmax(x, 0.5)
+    assert y[0].tolist() == [0, 0, 0, 0]
+    assert y[1].isnan().all()
+    assert reference.softmax(x[:, :0]).shape == (2, 0)
+    compiled = torch.compile(reference.softmax, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), reference.softmax(x), rtol=0, atol=0, equal_nan=True)
     # three queries at the end of two keys: the first sees none
     q, k, v = torch.randn(1, 1, 3, 4), torch.randn(1, 1, 2, 4), torch.randn(1, 1, 2, 4)
     assert torch.equal(reference.attention(q, k, v)[0, 0, 0], torch.zeros(4))

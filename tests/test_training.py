@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib.image
 import numpy as np
 import pytest
 import safetensors.torch
@@ -606,6 +605,7 @@ def test_frozen_parameters_are_left_alone(tmp_path):
 
 
 def test_the_log_has_every_step_and_the_curve_is_drawn(tmp_path):
+    image = pytest.importorskip("matplotlib.image", reason="needs matplotlib")
     run, reported = trainer(tmp_path), []
     run.run(reported.append)
     entries = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
@@ -618,10 +618,10 @@ def test_the_log_has_every_step_and_the_curve_is_drawn(tmp_path):
         assert entry.get("lr", 1) > 0
         assert entry.get("tokens_per_second", 1) > 0
     assert run.draw_curve() == tmp_path / CURVE
-    drawn = matplotlib.image.imread(tmp_path / CURVE)
+    drawn = image.imread(tmp_path / CURVE)
     run.log.clear()
     run.draw_curve()
-    empty = matplotlib.image.imread(tmp_path / CURVE)
+    empty = image.imread(tmp_path / CURVE)
     blue = (drawn[..., 2] > drawn[..., 0] + 0.2).sum()  # the first two colours of matplotlib's cycle
     orange = (drawn[..., 0] > drawn[..., 2] + 0.2).sum()
     assert blue > 300
@@ -1068,6 +1068,42 @@ def test_configure_optimizers_is_nanogpts(tmp_path):
     assert optimizer.defaults["fused"]
     sizes = [sum(p.numel() for p in group["params"]) for group in optimizer.param_groups]
     assert sum(sizes) == sum(p.numel() for p in model.parameters())
+
+
+def test_views_of_another_models_weights_train_as_copies_do(tmp_path):
+    """from_hf's queries, keys and values lie side by side in one matrix, where torch's fused AdamW would write over gaps."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    from fastgpt.compat.huggingface import from_hf
+
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 101, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    runs = [trainer(tmp_path / str(copy), from_hf(theirs, copy=copy)) for copy in (True, False)]
+    assert [run.updater.optimizer.defaults["fused"] for run in runs] == [True, False]
+    for run in runs:
+        run.run()
+    expected = [loss for *_, loss in losses(runs[0])]
+    assert [loss for *_, loss in losses(runs[1])] == pytest.approx(expected, rel=1e-5)
+    weight = runs[0].model.trf_blocks[1].att.W_value.weight
+    torch.testing.assert_close(theirs.transformer.h[1].attn.c_attn.weight[:, 64:].T, weight, rtol=1e-4, atol=1e-5)
+    resumed = trainer(tmp_path / "False", from_hf(theirs), max_steps=14)
+    resumed.resume()
+    assert not configure_optimizers(resumed.model, 0.1, 6e-4, (0.9, 0.95), "cpu").defaults["fused"]
+
+
+@pytest.mark.parametrize(("most", "first"), [(0.3, 0.0), (1e3, 0.0), (1.0, math.inf), (1.0, math.nan)])
+def test_gradients_are_clipped_as_torch_does_it(tmp_path, most, first):
+    run = trainer(tmp_path, tiny_model())
+    plain = [nn.Parameter(torch.zeros_like(p)) for p in run.updater.parameters]
+    for p, other in zip(run.updater.parameters, plain, strict=True):
+        p.grad = torch.randn_like(p)
+        p.grad.view(-1)[0] += first
+        other.grad = p.grad.clone()
+    torch.testing.assert_close(
+        run.updater.clip(most), nn.utils.clip_grad_norm_(plain, most), rtol=0, atol=0, equal_nan=True
+    )
+    for p, other in zip(run.updater.parameters, plain, strict=True):
+        torch.testing.assert_close(p.grad, other.grad, rtol=0, atol=0, equal_nan=True)
 
 
 def test_adapters_train_alone_and_are_merged_where_the_model_is_saved(tmp_path):

@@ -25,7 +25,8 @@ class CapturedStep:
         self._warm = 0
 
     def __call__(self, batch: list[Tensor]) -> Tensor:
-        self._stream.wait_stream(torch.cuda.current_stream())
+        outside = torch.cuda.current_stream(self._stream.device)  # which need not be the current device
+        self._stream.wait_stream(outside)
         with torch.cuda.stream(self._stream):
             if not self._buffers:
                 self._buffers = [part.clone() for part in batch]
@@ -41,5 +42,5 @@ class CapturedStep:
                         self._values = self._step(*self._buffers)
                 self._graph.replay()
                 values = self._values.clone()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        outside.wait_stream(self._stream)
         return values

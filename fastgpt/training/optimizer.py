@@ -20,9 +20,10 @@ def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def configure_optimizers(
     model: nn.Module, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
 ) -> torch.optim.AdamW:
-    """nanoGPT's `configure_optimizers` for any module: AdamW over its groups, fused on "cuda" and "cpu"."""
+    """nanoGPT's `configure_optimizers` for any module: AdamW over its groups, fused on "cuda" and "cpu" where that is safe."""
     groups = optimizer_groups(model, weight_decay)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
+    fused = device_type in ("cuda", "cpu") and _dense(p for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 
 class Updater:
@@ -54,7 +55,7 @@ class Updater:
             _groups(self.updated, weight_decay),
             lr=lr,
             betas=betas,
-            fused=device.type in ("cuda", "cpu"),
+            fused=device.type in ("cuda", "cpu") and _dense(self.updated),
             capturable=isinstance(lr, Tensor),
         )
         # Made now and not by the first step, so that a checkpoint has a place to be read into.
@@ -88,10 +89,11 @@ class Updater:
 
     def clip(self, most: float) -> Tensor:
         """The gradient's global norm before clipping it to `most` (0: no clipping); over all shards of sharded parameters."""
-        if most > 0:
-            norm = nn.utils.clip_grad_norm_(self.updated, most)
-        else:
-            norm = nn.utils.get_total_norm([p.grad for p in self.updated if p.grad is not None])
+        norm = nn.utils.get_total_norm([p.grad for p in self.updated if p.grad is not None])
+        # A CPU's norm can be read at no cost, and gradients that are short enough needn't be multiplied by one.
+        short = type(norm) is Tensor and norm.device.type == "cpu" and bool(norm + 1e-6 <= most)
+        if most > 0 and not short:
+            nn.utils.clip_grads_with_norm_(self.updated, most, norm)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     @torch.no_grad()
@@ -117,6 +119,15 @@ class Updater:
             found[f"model.{name}"] = p.detach()
             found |= {f"{key}.{name}": value for key, value in self.optimizer.state[p].items()}
         return found
+
+
+def _dense(parameters: Iterable[Tensor]) -> bool:
+    """Whether none has gaps between its rows, as thirds of a joined QKV have: torch's fused optimizers write over gaps."""
+    return all(
+        sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True)) < p.numel()
+        for p in parameters
+        if p.numel() > 0
+    )
 
 
 def _groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
