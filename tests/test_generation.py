@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from llms_from_scratch.ch04 import generate_text_simple
 from models import tiny_model
 from transformers import GPT2LMHeadModel
 
@@ -15,6 +14,10 @@ from fastgpt.batch import prefill
 from fastgpt.config import ContextLengthError, TokenIdError
 
 RAGGED = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [50, 60, 70, 80, 90]]
+
+
+def book():
+    return pytest.importorskip("llms_from_scratch.ch04", reason="needs llms_from_scratch")
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +71,14 @@ def test_ragged_prefill_gives_each_rows_own_logits(model, chunk):
 @pytest.mark.parametrize("count", [1, 4, 5, 40])
 def test_greedy_equals_upstreams_crop_loop_past_the_context(model, count):
     idx = torch.randint(101, (3, 12))
-    expected = generate_text_simple(model, idx, count, context_size=16)
+    expected = book().generate_text_simple(model, idx, count, context_size=16)
     assert torch.equal(model.generate(idx, count), expected)
     assert torch.equal(model.generate(idx, count, use_cache=False), expected)
 
 
 def test_prompts_longer_than_the_context_are_cropped(model):
     idx = torch.randint(101, (2, 25))
-    assert torch.equal(model.generate(idx, 6), generate_text_simple(model, idx, 6, context_size=16))
+    assert torch.equal(model.generate(idx, 6), book().generate_text_simple(model, idx, 6, context_size=16))
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

@@ -8,7 +8,6 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from llms_from_scratch import ch04
 from models import TINY, spread, tiny_config, tiny_model
 from nanogpt_oracle import NanoGPT
 from torch import nn
@@ -17,11 +16,15 @@ from fastgpt import GPTModel, KVCache
 from fastgpt.config import ContextLengthError, TokenIdError
 
 
+def book():
+    return pytest.importorskip("llms_from_scratch.ch04", reason="needs llms_from_scratch")
+
+
 def twins(seed: int = 123, **changes):
     """(upstream, ours) from the same seed."""
     cfg = {**TINY, **changes}
     torch.manual_seed(seed)
-    upstream = ch04.GPTModel(cfg)
+    upstream = book().GPTModel(cfg)
     torch.manual_seed(seed)
     return upstream, GPTModel(cfg)
 
@@ -36,8 +39,9 @@ def test_same_seed_gives_upstreams_parameters_bit_for_bit(qkv_bias):
 
 
 def test_random_state_after_construction_is_upstreams():
+    upstream = book()
     torch.manual_seed(7)
-    ch04.GPTModel(TINY)
+    upstream.GPTModel(TINY)
     expected = torch.rand(4)
     torch.manual_seed(7)
     GPTModel(TINY)
@@ -281,13 +285,12 @@ def test_hooks_fire_and_may_change_the_result(where):
 
 
 def test_upstreams_lora_and_weight_assignment():
-    from llms_from_scratch.appendix_e import LinearWithLoRA, replace_linear_with_lora
-
+    lora = pytest.importorskip("llms_from_scratch.appendix_e", reason="needs llms_from_scratch")
     model = tiny_model()
     idx = torch.randint(101, (2, 7))
     before = model(idx)
-    replace_linear_with_lora(model, rank=2, alpha=4)
-    adapted = [m for m in model.modules() if isinstance(m, LinearWithLoRA)]
+    lora.replace_linear_with_lora(model, rank=2, alpha=4)
+    adapted = [m for m in model.modules() if isinstance(m, lora.LinearWithLoRA)]
     assert len(adapted) == 13
     torch.testing.assert_close(model(idx), before)
     for layer in adapted:

@@ -10,8 +10,6 @@ import re
 
 import pytest
 import tiktoken
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from tiktoken.load import load_tiktoken_bpe
 from tokenizers import Tokenizer as HubTokenizer
 from tokenizers import models, pre_tokenizers, trainers
@@ -30,6 +28,9 @@ from fastgpt.tokenizer import (
     read_ranks,
     train_byte_pairs,
 )
+
+hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")
+example, given, settings, st = hypothesis.example, hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 CORPUS = [
     "def forward(self, x):\n    return self.norm(x + self.attention(x))\n\n\nclass Model:\n    pass\n" * 4,

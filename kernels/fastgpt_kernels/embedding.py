@@ -4,7 +4,7 @@
     d       = dropout's mask and scale on dy
     dtok_weight[v] = sum of d where idx is v      dpos_weight[offset + t] = sum over b of d[b, t]
 
-    idx                     [B, T]      int32 | int64; one outside 0 .. V - 1 gives a row of NaN, not a read out of bounds
+    idx                     [B, T]      int32 | int64; one outside 0 .. V - 1 gives a row of NaN and no gradient to any token
     tok_weight              [V, C]      fp16 | bf16 | fp32 | fp64
     pos_weight              [P, C]      any of the four
     y, dy, d                [B, T, C]   tok_weight's dtype
@@ -142,7 +142,9 @@ class _Embedding(torch.autograd.Function):
         idx, pos_weight, seed = ctx.saved_tensors
         d, dpos = embedding_bwd(dy, pos_weight, ctx.dropout_p, seed, ctx.offset)
         d = dy if seed is None else d
-        dtok = torch.ops.aten.embedding_dense_backward(d, idx, ctx.vocabulary, -1, False)
+        # torch's sum writes wherever an index points: -1 it leaves out, and what is past the table goes to a row behind it
+        V = ctx.vocabulary
+        dtok = torch.ops.aten.embedding_dense_backward(d, idx.clamp(-1, V), V + 1, -1, False)[:V]
         return None, dtok, dpos, None, None, None
 
 

@@ -14,15 +14,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from llms_from_scratch import ch02, ch04, ch05
-from llms_from_scratch.appendix_e import LinearWithLoRA, replace_linear_with_lora
-from llms_from_scratch.kv_cache.utils import KVCache as UpstreamCache
 from models import TINY, spread
 from torch import nn
 
 import fastgpt
 from fastgpt.compat import llms_from_scratch as book
 from fastgpt.compat.llms_from_scratch import GPTModel, KVCache
+
+ch02, ch04, ch05, appendix_e, kv_cache = (
+    pytest.importorskip(f"llms_from_scratch.{name}", reason="needs llms_from_scratch and matplotlib, which it imports")
+    for name in ("ch02", "ch04", "ch05", "appendix_e", "kv_cache.utils")
+)
+LinearWithLoRA, replace_linear_with_lora = appendix_e.LinearWithLoRA, appendix_e.replace_linear_with_lora
 
 ROOT = Path(__file__).parent.parent.parent
 V, T = TINY["vocab_size"], TINY["context_length"]
@@ -691,7 +694,7 @@ def caches(kind, model):
     if kind == "own":
         model.reset_kv_cache()
         return lambda idx: model(idx, use_cache=True)
-    cache = {"ours": KVCache, "upstreams": UpstreamCache}[kind](n_layers=2)
+    cache = {"ours": KVCache, "upstreams": kv_cache.KVCache}[kind](n_layers=2)
     return lambda idx: model(idx, cache=cache)
 
 
@@ -757,7 +760,7 @@ def test_another_batch_size_or_dtype_without_a_reset_is_named():
         assert model(ids(3, 1), use_cache=True).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", [KVCache, UpstreamCache])
+@pytest.mark.parametrize("kind", [KVCache, kv_cache.KVCache])
 def test_cache_entries_may_be_read_reordered_cut_and_restored(kind):
     upstream, model = twins()
     idx, new = ids(3, 6), ids(3, 2, seed=2)

@@ -105,9 +105,11 @@ def test_unknown_tokens_and_special_values(device):
     tok[4, 2], tok[5, 3], idx[1, :2] = torch.nan, torch.inf, torch.tensor([4, 5])
     compare(embedding, reference, idx, [tok, pos], dy)
     idx[0, :2] = torch.tensor([-1, 11])
-    y = embedding(idx, tok, pos)
+    y, dtok, _ = run(embedding, idx, [tok, pos], dy)
     assert y[0, :2].isnan().all()
     torch.testing.assert_close(y[2:], reference(idx[2:], tok, pos), rtol=0, atol=0, equal_nan=True)
+    known = (idx >= 0) & (idx < 11)
+    torch.testing.assert_close(dtok, torch.zeros_like(tok).index_add_(0, idx[known], dy[known]))
 
 
 @pytest.mark.parametrize(("shape", "width"), [((0, 5), 7), ((3, 0), 7), ((3, 5), 0)], ids=str)
