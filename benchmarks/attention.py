@@ -3,11 +3,14 @@ causal mask; every operand read once, every result written once."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness import Absent, Work, needs_cuda
+from benchmarks.harness import Absent, Work, needs, needs_cuda
 from benchmarks.op import Draw, Op
 
 SIZES = {
@@ -21,8 +24,8 @@ SIZES = {
     "dry": [{"B": 1, "H": 2, "T": 20, "D": 16}],
 }
 GROWTH = {
-    "gpu": {"T": (128, 256, 512, 1024, 2048), "B": (1, 4, 16, 64)},
-    "cpu": {"T": (128, 256, 1024)},
+    "gpu": {"T": (128, 256, 512, 1024, 2048, 4096), "B": (1, 4, 16, 64)},
+    "cpu": {"T": (128, 256, 1024), "B": (2, 4)},
 }
 
 
@@ -71,6 +74,33 @@ def written_out(case):
     return call
 
 
+def flex(case):
+    """FlexAttention, compiled, with a causal block mask made beforehand."""
+    needs_cuda("FlexAttention")
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    T = case.size["T"]
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, T, T, device="cuda")
+    torch._dynamo.reset()
+    return functools.partial(torch.compile(flex_attention, dynamic=False), block_mask=mask)
+
+
+def flash_package(module):
+    """The function of Dao-AILab's packages, which want [B, T, H, D]; https://github.com/Dao-AILab/flash-attention."""
+
+    def make(case):
+        needs(module)
+        function = importlib.import_module(module).flash_attn_func
+
+        def call(q, k, v):
+            out = function(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)
+            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+        return call
+
+    return make
+
+
 ATTENTION = Op(
     "attention",
     inputs,
@@ -82,6 +112,9 @@ ATTENTION = Op(
         "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
         "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
         "SDPA math": sdpa(SDPBackend.MATH),
+        "FlexAttention": flex,
+        "flash-attn 2": flash_package("flash_attn"),
+        "flash-attn 3": flash_package("flash_attn_interface"),
         "written out": written_out,
     },
 )

@@ -13,7 +13,7 @@ from benchmarks.record import Store, machine_name, run_record
 from benchmarks.suite import selected
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser, pluginmanager):
     group = parser.getgroup("fastgpt benchmarks")
     group.addoption("--only", action="append", default=[], metavar="NAME", help="a benchmark or group; may be repeated")
     group.addoption("--out", type=Path, help="folder of the records; out/bench/<machine> by default")
@@ -24,6 +24,8 @@ def pytest_addoption(parser):
     group.addoption("--keep-failures", action="store_true", help="don't try again what failed or was wrong")
     group.addoption("--no-report", action="store_true", help="write records alone")
     group.addoption("--note", default="", help="about the circumstances, kept in the record")
+    if not pluginmanager.hasplugin("timeout"):  # an option of pyproject.toml that tests alone need
+        parser.addini("timeout", "pytest-timeout's, which isn't installed")
 
 
 def pytest_collection_modifyitems(items):
@@ -102,6 +104,6 @@ def pytest_terminal_summary(terminalreporter, config):
 
     directory = config.getoption("--out") or Path("out/bench") / machine_name()
     if directory.is_dir() and any(directory.glob("*.json")):
-        if not config.getoption("--no-report"):
-            report.write(directory)
         terminalreporter.write_line(report.summary(directory))
+        if not config.getoption("--no-report"):
+            terminalreporter.write_line("\n".join(report.write(directory)))

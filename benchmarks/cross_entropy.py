@@ -34,10 +34,18 @@ def hidden(size, draw: Draw):
 
 
 def liger(case):
+    """On a copy: it writes the gradient over its logits, which are the other providers' too."""
     needs("liger_kernel")
     from liger_kernel.transformers.functional import liger_cross_entropy
 
-    return liger_cross_entropy
+    return lambda logits, targets: liger_cross_entropy(logits.clone(), targets)
+
+
+def quack(case):
+    needs("quack", "quack-kernels")
+    from quack.cross_entropy import cross_entropy
+
+    return lambda logits, targets: cross_entropy(logits, targets, reduction="mean")
 
 
 def liger_linear(case):
@@ -45,6 +53,14 @@ def liger_linear(case):
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return lambda x, weight, targets: liger_fused_linear_cross_entropy(x, weight, targets)
+
+
+def cut_linear(case):
+    """Without its filter, which leaves gradients out that bf16 wouldn't show; https://github.com/apple/ml-cross-entropy."""
+    needs("cut_cross_entropy")
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda x, weight, targets: linear_cross_entropy(x, weight, targets, filter_eps=None)
 
 
 def torch_linear(case):
@@ -67,7 +83,7 @@ CROSS_ENTROPY = Op(
         "gpu": {"V": (1024, 4096, 16384, 65536), "N": (512, 2048, 8192, 16384)},
         "cpu": {"V": (4096, 16384)},
     },
-    peers={"F.cross_entropy": lambda case: F.cross_entropy, "Liger": liger},
+    peers={"F.cross_entropy": lambda case: F.cross_entropy, "Liger, on a copy of the logits": liger, "quack": quack},
 )
 LINEAR_CROSS_ENTROPY = Op(
     "linear_cross_entropy",
@@ -83,6 +99,6 @@ LINEAR_CROSS_ENTROPY = Op(
         "dry": [{"N": 3, "V": 65, "C": 16}],
     },
     gradients=(0, 1),
-    peers={"F.linear_cross_entropy": torch_linear, "Liger": liger_linear},
+    peers={"F.linear_cross_entropy": torch_linear, "Liger": liger_linear, "cut-cross-entropy": cut_linear},
 )
 OPS = (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
-from benchmarks.harness import Work
+from benchmarks.harness import Absent, Work, needs
 from benchmarks.op import Draw, Op
 
 SIZES = {
@@ -29,6 +29,11 @@ def inputs_with_bias(size, draw: Draw):
     return draw.normal(size["rows"], size["width"]), draw.normal(size["width"])
 
 
+def liger(case):
+    needs("liger_kernel")
+    raise Absent("has GELU only in GEGLU, times a second input")
+
+
 MODES = {"forward": traffic(1), "backward": traffic(2)}
 GELU = Op(
     "gelu",
@@ -37,7 +42,7 @@ GELU = Op(
     SIZES,
     gradients=(0,),
     growth=GROWTH,
-    peers={"F.gelu": lambda case: lambda x: F.gelu(x, approximate="tanh")},
+    peers={"F.gelu": lambda case: lambda x: F.gelu(x, approximate="tanh"), "Liger": liger},
 )
 BIAS_GELU = Op("bias_gelu", inputs_with_bias, MODES, SIZES, gradients=(0, 1))
 OPS = (GELU, BIAS_GELU)

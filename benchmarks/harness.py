@@ -2,8 +2,8 @@
 
 A Benchmark is data: cases (sizes, FLOPs and bytes by formula) and providers by name. A provider prepares a Candidate for a
 case, or raises Absent with the reason. A candidate's outputs are checked before any timing, again on new inputs through the
-very callable that will be timed, and once more after the timing: a provider that returns garbage, remembers an old result or
-leaves work out is refused, and listed as such.
+very callable that will be timed, and once more after the timing; an op's outputs are overwritten before it has to give them
+again. A provider that returns garbage, hands out an old result or leaves work out is refused, and listed as such.
 
 The clock synchronizes. On a GPU the calls of an op are captured into one CUDA graph that goes round over buffers larger than
 the L2 cache, as in https://github.com/Dao-AILab/quack (bench_utils.py), so that ops bound by memory are measured cold and the
@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from benchmarks.record import version
 
 # A sample shorter than this is repeated inside itself: synchronizing costs 10 us, which is then 0.3% of it.
 SAMPLE_SECONDS = 3e-3
@@ -78,12 +80,13 @@ class Candidate:
     """A provider ready to be timed.
 
     run: makes `calls` calls and returns what there is to check. check: raises Wrong. refresh: puts new data into the inputs
-    that `run` reads. notes: further columns of the row.
+    that `run` reads. poison: overwrites what `run` returned. notes: further columns of the row.
     """
 
     run: Callable[[], Any]
     check: Callable[[Any], None]
     refresh: Callable[[], None] = lambda: None
+    poison: Callable[[Any], None] | None = None
     calls: int = 1
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -114,9 +117,9 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def needs(module: str) -> None:
-    """Raise Absent unless `module` is installed."""
-    if importlib.util.find_spec(module) is None:
+def needs(module: str, distribution: str = "") -> None:
+    """Raise Absent unless `module` is installed, and as part of `distribution` where others have the name too."""
+    if importlib.util.find_spec(module) is None or (distribution and version(distribution) is None):
         raise Absent("not installed")
 
 
@@ -139,7 +142,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 class Timing(NamedTuple):
-    """Of `rounds` samples, in seconds a call."""
+    """Of `rounds` samples a call; p20 and p80 between samples by their distance."""
 
     median: float
     p20: float
@@ -149,7 +152,12 @@ class Timing(NamedTuple):
 
 def timing(samples: Sequence[float], calls: int = 1) -> Timing:
     ordered = sorted(sample / calls for sample in samples)
-    at = lambda share: ordered[min(math.floor(share * len(ordered)), len(ordered) - 1)]  # noqa: E731
+
+    def at(share: float) -> float:
+        place = share * (len(ordered) - 1)
+        low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+        return low + (high - low) * (place % 1)
+
     return Timing(statistics.median(ordered), at(0.2), at(0.8), len(ordered))
 
 
@@ -193,10 +201,16 @@ def looped(calls: Sequence[Callable[[], Any]], stream: torch.cuda.Stream | None)
 
 
 def prove(candidate: Candidate, rounds: int = 2) -> None:
-    """Check the outputs, each time but the first on new inputs. Raises Wrong."""
+    """Check the outputs, each time but the first on new inputs. Raises Wrong.
+
+    Where outputs can be overwritten, those of a run on the first inputs are, before one that is checked: who hands them out
+    again, or left work to a stream that the timed run doesn't hold, has nothing right to show.
+    """
     for i in range(rounds):
         if i:
             candidate.refresh()
+        elif candidate.poison is not None:
+            candidate.poison(candidate.run())
         outputs = candidate.run()
         clock()
         candidate.check(outputs)
@@ -284,22 +298,29 @@ def row(case: Case, provider: str, status: str, **columns: Any) -> dict[str, Any
 
 
 def measured_row(case: Case, provider: str, candidate: Candidate, ours: Candidate | None, result: Result) -> dict:
-    """The row of a provider that was right: milliseconds a call, and how many times as fast fastgpt is, sample by sample."""
+    """The row of a provider that was right: milliseconds a call, and how many times as fast fastgpt is, sample by sample.
+
+    samples_ms are the samples themselves, fastgpt_ms those of fastgpt that each was timed in turn with.
+    """
     if not result.samples:
         return row(case, provider, "ok", **candidate.notes)
     t = timing(result.samples, candidate.calls)
-    unit, our_unit = (
-        c.calls * c.notes.get("units", 1.0) for c in (candidate, ours or candidate)
-    )  # a slow one does less
-    columns = {
+    columns: dict[str, Any] = {
         "ms": 1e3 * t.median,
         "p20": 1e3 * t.p20,
         "p80": 1e3 * t.p80,
         "rounds": t.rounds,
         "calls": candidate.calls,
+        "samples_ms": _milliseconds(result.samples, candidate.calls),
     }
     if result.ours and ours is not None:
+        unit, our_unit = (c.calls * c.notes.get("units", 1.0) for c in (candidate, ours))  # a slow one does less
         pairs = zip(result.samples, result.ours, strict=True)
-        ratios = [(theirs / unit) / (mine / our_unit) for theirs, mine in pairs]
-        columns["fastgpt_is"] = statistics.median(ratios)
+        ratio = timing([(theirs / unit) / (mine / our_unit) for theirs, mine in pairs])
+        columns["fastgpt_ms"] = _milliseconds(result.ours, ours.calls)
+        columns |= {"fastgpt_is": ratio.median, "fastgpt_is_p20": ratio.p20, "fastgpt_is_p80": ratio.p80}
     return row(case, provider, "ok", **columns, **candidate.notes)
+
+
+def _milliseconds(samples: Sequence[float], calls: int) -> list[float]:
+    return [float(f"{1e3 * sample / calls:.5g}") for sample in samples]

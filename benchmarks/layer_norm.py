@@ -8,7 +8,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Work, needs
+from benchmarks.harness import Absent, Work, needs
 from benchmarks.op import Draw, Op
 
 SIZES = {
@@ -18,6 +18,7 @@ SIZES = {
 }
 GROWTH = {
     "gpu": {"width": (256, 512, 768, 1600, 4096, 8192), "rows": (512, 2048, 8192, 32768, 131072)},
+    "cpu": {"width": (256, 3072), "rows": (512, 8192)},
     "dry": {"width": (16, 32, 64)},
 }
 
@@ -43,6 +44,16 @@ def liger(case):
     return lambda x, weight, bias: LigerLayerNormFunction.apply(x, weight, bias, 1e-5)
 
 
+def quack(case):
+    """Its forward, which takes weight and bias in float32."""
+    needs("quack", "quack-kernels")
+    if case.mode != "forward":
+        raise Absent("its LayerNorm has no autograd function")
+    from quack.rmsnorm import layernorm_fwd
+
+    return lambda x, weight, bias: layernorm_fwd(x, weight.float(), bias.float(), eps=1e-5)
+
+
 def native_sum(case):
     def call(x, residual, weight, bias):
         total = torch.add(residual, x)
@@ -58,7 +69,7 @@ LAYER_NORM = Op(
     SIZES,
     gradients=(0, 1, 2),
     growth=GROWTH,
-    peers={"F.layer_norm": native, "Liger": liger},
+    peers={"F.layer_norm": native, "Liger": liger, "quack": quack},
 )
 ADD_LAYER_NORM = Op(
     "add_layer_norm",

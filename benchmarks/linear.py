@@ -3,11 +3,14 @@ an activation's derivative, the bias and its gradient ride along. `mlp` is two l
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import Absent, Work, needs_cuda
 from benchmarks.op import Draw, Op
+from fastgpt import reference
 
 # QKV, attention projection, up, down of GPT-2 124M at 16 x 1024 tokens; up of 1.5B
 LAYERS = ((768, 2304), (768, 768), (768, 3072), (3072, 768))
@@ -18,6 +21,11 @@ SIZES = {
 }
 GROWTH = {
     "gpu": {"M": (1, 16, 128, 1024, 4096, 16384)},
+    "cpu": {"M": (32, 128, 2048)},
+}
+MLP_GROWTH = {
+    "gpu": {"C": (256, 512, 1024, 2048, 4096)},
+    "cpu": {"C": (192, 384)},
 }
 MLP_SIZES = {
     "gpu": [{"M": 16384, "C": 768}, {"M": 8192, "C": 1600}],
@@ -65,9 +73,25 @@ def library_epilogue(case):
     return lambda x, weight, bias: torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
 
 
+def tuned(case):
+    """torch.compile with its templates timed against the library: what Inductor's own Triton comes to."""
+    needs_cuda("torch.compile, max-autotune")
+    if case.mode != "forward" or [case.size[name] for name in ("M", "K", "N")] != [16384, 768, 3072]:
+        raise Absent("tuned for one size's forward alone: it takes a minute")
+    torch._dynamo.reset()
+    function = functools.partial(reference.linear, activation=case.size.get("activation"))
+    return torch.compile(function, dynamic=False, mode="max-autotune-no-cudagraphs")
+
+
 MODES = {"forward": product(1), "backward": product(2)}
 PLAIN = Op(
-    "linear", inputs, MODES, SIZES, gradients=(0, 1, 2), growth=GROWTH, peers={"F.linear": lambda case: F.linear}
+    "linear",
+    inputs,
+    MODES,
+    SIZES,
+    gradients=(0, 1, 2),
+    growth=GROWTH,
+    peers={"F.linear": lambda case: F.linear, "torch.compile, max-autotune": tuned},
 )
 GELU = Op(
     "linear",
@@ -76,7 +100,14 @@ GELU = Op(
     {scale: [size for size in sizes if size["N"] > size["K"] or scale == "dry"] for scale, sizes in SIZES.items()},
     gradients=(0, 1, 2),
     options={"activation": "gelu_tanh"},
-    peers={"cuBLASLt epilogue": library_epilogue},
+    peers={"cuBLASLt epilogue": library_epilogue, "torch.compile, max-autotune": tuned},
 )
-MLP = Op("mlp", mlp_inputs, {"forward": layers(1), "backward": layers(2)}, MLP_SIZES, gradients=(0, 1, 2, 3, 4))
+MLP = Op(
+    "mlp",
+    mlp_inputs,
+    {"forward": layers(1), "backward": layers(2)},
+    MLP_SIZES,
+    gradients=(0, 1, 2, 3, 4),
+    growth=MLP_GROWTH,
+)
 OPS = (PLAIN, GELU, MLP)

@@ -2,7 +2,7 @@
 # One stage on a GPU, from a bare checkout: bash benchmarks/on_gpu.sh STAGE [--again] [--dry-run]
 #
 #   floors    what the card can do: bandwidth, products, launches, graph nodes, grid barriers
-#   tests     the gpu lane, then the rest of the suite
+#   tests     the gpu lane, then as much of the rest of the suite as there is time for
 #   kernels   every op beside its peers, and how its time grows
 #   sweep     launch constants
 #   train     training steps, their memory
@@ -13,16 +13,17 @@
 # has, and goes on there when it is called again; records of an earlier call in benchmarks/results/<gpu>/ are taken up.
 # --dry-run, without a GPU, runs the same code at tiny sizes in Triton's interpreter.
 set -euo pipefail
+[ -z "${OUT:-}" ] || OUT=$(realpath -m "$OUT")
 cd "$(dirname "$0")/.."
 stage=${1:?"usage: bash benchmarks/on_gpu.sh floors|tests|kernels|sweep|train|decode|profile [--again] [--dry-run]"}
 shift
 python=${PYTHON:-python3}
 export PYTHONPATH=.:kernels PYTHONUNBUFFERED=1
-dry=
+dry= again=
 for option in "$@"; do
   case $option in
     --dry-run) dry=--dry-run TRITON_INTERPRET=1 && export TRITON_INTERPRET ;;
-    --again) ;;
+    --again) again=1 ;;
     *) echo "unknown option $option" >&2 && exit 2 ;;
   esac
 done
@@ -32,8 +33,11 @@ kept=benchmarks/results/$machine
 [ -n "$dry" ] && kept=$(mktemp -d)/$machine
 out=${OUT:-$kept}
 mkdir -p "$out" && rm -f "$out/$stage.log"
-for file in floors "$stage" $([ "$stage" = profile ] && echo kernels); do # what was measured before: gone on with, or read
-  if [ "$out" != "$kept" ] && [ -f "$kept/$file.json" ] && [ ! -f "$out/$file.json" ]; then cp "$kept/$file.json" "$out/"; fi
+kinds=("floors.json" "$stage.json")
+[ "$stage" != profile ] || kinds+=(kernels.json)
+[ "$stage" != tests ] || kinds=(passed-gpu.txt passed-rest.txt)
+for file in "${kinds[@]}"; do # what an earlier call left: gone on with, or read
+  if [ "$out" != "$kept" ] && [ -f "$kept/$file" ] && [ ! -f "$out/$file" ]; then cp "$kept/$file" "$out/"; fi
 done
 
 suite() { # benchmarks of a group, within so many seconds; in a new process where one lost the device
@@ -49,16 +53,23 @@ suite() { # benchmarks of a group, within so many seconds; in a new process wher
   "$python" -m benchmarks.report "$out" --summary "$1"
 }
 
+checked() { # tests with a mark that no earlier call saw pass, begun within so many seconds
+  local failed=0
+  [ "$again" ] && rm -f "$out/passed-$1.txt"
+  timeout $(($2 + 30)) "$python" -m pytest -p benchmarks.resumed --passed="$out/passed-$1.txt" --until="$2" "${@:4}" -m "$3" --quiet \
+    --tb=short -p no:cacheprovider --continue-on-collection-errors >"$out/tests-$1.log" 2>&1 || failed=$?
+  [ $failed = 0 ] || [ $failed = 5 ] || status=$failed # 5: nothing left to run
+}
+
 status=0
 case $stage in
   floors) "$python" -m benchmarks.floors --out "$out" "$@" ;;
   tests)
-    limit=400 lane=(tests) rest=(tests)
+    rm -f "$out"/tests-*.log
+    lane=(tests) rest=(tests)
     [ -n "$dry" ] && lane=(tests/kernels/test_gelu.py) && rest=(tests/test_sampling.py)
-    timeout "$limit" "$python" -m pytest "${lane[@]}" -m gpu --quiet --tb=short -p no:cacheprovider >"$out/tests-gpu.log" 2>&1 || status=$?
-    [ $status = 5 ] && status=0 # nothing collected
-    timeout $((520 - limit)) "$python" -m pytest "${rest[@]}" -m "not gpu" --quiet --tb=short -p no:cacheprovider \
-      >"$out/tests-rest.log" 2>&1 || status=$?
+    checked gpu 330 gpu "${lane[@]}"
+    checked rest $((500 - SECONDS)) "not gpu" "${rest[@]}"
     tail -n 40 "$out/tests-gpu.log" | cut -c1-200
     tail -n 15 "$out/tests-rest.log" | cut -c1-200
     ;;

@@ -17,6 +17,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,9 +43,13 @@ PLAIN = "torch"
 COMPILED = "torch.compile"
 Function = Callable[..., Any]
 
-# Buffers in turn must be larger than the L2 together (50 MB on an H100), and few enough to be captured quickly.
-CACHE_BYTES = {"cuda": 200e6, "cpu": 16e6}
-MAX_BUFFERS = {"cuda": 256, "cpu": 16}
+# Buffers in turn are larger than the last cache together, and few enough to be captured quickly. Many times an H100's 50 MB of
+# L2, for which writes are many; a CPU's L3, of which this process may not even have all, a third more.
+CACHES = {"cuda": 4.0, "cpu": 1.34}
+MAX_BUFFERS = {"cuda": 256, "cpu": 64}
+# FLOPs a byte from which a CPU's cores are what limits it: there 16 MB are enough.
+COMPUTE_BOUND = 10.0
+SMALL_BYTES = 16e6
 
 
 class Draw:
@@ -138,7 +143,7 @@ class Op:
             timer = f"host, since no graph takes it: {error}".splitlines()[0][:200]
             run, count = looped(calls, None)
         notes = {"timer": timer, "buffers": len(calls), "error": problem.error}
-        return Candidate(run, problem.check, problem.refresh, count, notes)
+        return Candidate(run, problem.check, problem.refresh, problem.poison, count, notes)
 
 
 class Problem:
@@ -150,7 +155,8 @@ class Problem:
         self._new = lambda: op.inputs(case.size, draw)
         first = self._new()
         moved = case.work.read + case.work.written
-        count = math.ceil(CACHE_BYTES[device().type] / max(moved, 1.0))
+        in_cores = device().type == "cpu" and case.work.flops > COMPUTE_BOUND * moved
+        count = math.ceil((SMALL_BYTES if in_cores else rotated_bytes()) / max(moved, 1.0))
         most = 2 if interpreting() else MAX_BUFFERS[device().type]
         self.inputs = [first, *(self._new() for _ in range(max(1, min(count, most)) - 1))]
         self.incoming: list[tuple[Tensor, ...]] = []
@@ -182,15 +188,26 @@ class Problem:
         return lambda: torch.autograd.grad(outputs, wanted, self.incoming[i], retain_graph=True)
 
     def refresh(self) -> None:
-        """New data in the same memory. A backward pass gets new incoming gradients: its forward was before."""
-        targets = self.incoming if self.case.mode == "backward" else self.inputs
-        with torch.no_grad():
-            for tensors in targets:
-                new = map(torch.randn_like, tensors) if self.case.mode == "backward" else self._new()
-                for tensor, values in zip(tensors, new, strict=True):
-                    tensor.copy_(values)
+        """New data in the memory of the buffer that is checked next. A backward pass gets a new incoming gradient: its
+        forward was before."""
         self.turn += 1
+        i = self.turn % len(self.inputs)
+        backward = self.case.mode == "backward"
+        tensors = self.incoming[i] if backward else self.inputs[i]
+        with torch.no_grad():
+            for tensor, values in zip(
+                tensors, map(torch.randn_like, tensors) if backward else self._new(), strict=True
+            ):
+                tensor.copy_(values)
         self._known = None
+
+    def poison(self, outputs: Sequence[tuple[Tensor, ...]]) -> None:
+        """NaN in all outputs, but for a gradient that is the incoming one itself or has no memory of its own."""
+        given = {x.untyped_storage().data_ptr() for held in (*self.inputs, *self.incoming) for x in held}
+        with torch.no_grad():
+            for out in (out for held in outputs for out in held):
+                if out.untyped_storage().data_ptr() not in given and 0 not in out.stride():
+                    out.fill_(math.nan)
 
     def check(self, outputs: Sequence[tuple[Tensor, ...]]) -> None:
         """One buffer's outputs against float64, another one each time."""
@@ -211,6 +228,17 @@ class Problem:
             return plain, self.call(i, function)()
         finally:
             self.inputs[i], self.incoming[i : i + 1] = kept
+
+
+@functools.cache
+def rotated_bytes() -> float:
+    """What buffers in turn come to: CACHES times the last cache, which Linux says of a CPU, else 64 MB."""
+    if device().type == "cuda":
+        size = torch.cuda.get_device_properties(0).L2_cache_size
+    else:
+        files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+        size = max((1024 * int(file.read_text().strip().removesuffix("K")) for file in files), default=64 << 20)
+    return CACHES[device().type] * size
 
 
 # The problem of the case in hand, which its providers share.

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.floors import rate
+from benchmarks.growth import growth, power
 from benchmarks.harness import OURS
-from benchmarks.report import behind, growth, load, machine, markdown, number, slope
+from benchmarks.report import ahead_lines, left_out, load, machine, markdown, number, ratio
 
 Row = dict[str, Any]
 NOT_YET = "not yet measured"
+RULE = """In each line, `fastgpt in turn` is what fastgpt did between this very peer's samples, and `fastgpt is` the
+median of their ratios with its 20th and 80th percentile; fastgpt's own line is the median of all its samples."""
 
 
 def filled(text: str, results: Path) -> str:
@@ -31,9 +34,9 @@ def headline(results: Path) -> str:
     first = _first_case(rows, "generate")
     ours, theirs = (next(r for r in first if r["provider"] == name) for name in (OURS, "transformers"))
     sentence = (
-        f"On two CPU cores it decodes GPT-2 124M (fp32, batch 1) at {ours['rate']:.1f} tokens/s, where transformers gives "
-        f"{theirs['rate']:.1f} in the same run and what has to be read and\ncomputed would allow "
-        f"{100 * ours['rate'] / ours['percent_of_floor']:.1f}."
+        f"On two CPU cores it decodes GPT-2 124M (fp32, batch 1) at {ours['rate']:.1f} tokens/s; timed in turn with "
+        f"transformers, which gives {theirs['rate']:.1f}, it is\n{ratio(theirs)} as fast. What has to be read and computed "
+        f"would allow {100 * ours['rate'] / ours['percent_of_floor']:.1f} tokens/s."
     )
     return sentence + ("" if _gpus(results) else " On a GPU nothing has been measured yet.")
 
@@ -47,7 +50,7 @@ def cpu(results: Path) -> str:
             f"- It reads {bandwidth:.1f} GB/s"
             + (f" and multiplies at {1e3 * products:.0f} GFLOP/s." if products else ".")
         )
-    lines.append("")
+    lines += ["", RULE, ""]
     for name in ("generate", "train_step"):
         for case in dict.fromkeys(r["case"] for r in rows if r["benchmark"] == name):
             lines += [compared([r for r in rows if (r["benchmark"], r["case"]) == (name, case)], name), ""]
@@ -62,7 +65,7 @@ def gpu(results: Path) -> str:
     parts = []
     for directory in _gpus(results):
         runs, _, rows = load(directory)
-        parts += [*dict.fromkeys(f"- {machine(run)}." for run in runs), "", kernels(rows)]
+        parts += [*dict.fromkeys(f"- {machine(run)}." for run in runs), "", RULE, "", kernels(rows)]
         for name in ("train_step", "generate"):
             for case in dict.fromkeys(r["case"] for r in rows if r["benchmark"] == name):
                 parts += ["", compared([r for r in rows if (r["benchmark"], r["case"]) == (name, case)], name)]
@@ -71,19 +74,22 @@ def gpu(results: Path) -> str:
 
 
 def compared(rows: Sequence[Row], name: str) -> str:
-    """A table of one case: a provider a line, fastgpt first; who took no part is listed below."""
+    """A table of one case: a provider a line, fastgpt first; who took no part is listed below, by reason."""
     body = []
     for row in (r for r in rows if r["status"] == "ok" and "ms" in r):
         asked, made = row["size"].get("new"), row.get("new_tokens", row["size"].get("new"))
         tokens = "" if made == asked else f" ({made} tokens)"
-        ratio = f"{row['fastgpt_is']:.2f}x as fast" if "fastgpt_is" in row else ""
+        turn = number(row.get("fastgpt_rate"))
         share = f"{row['percent_of_floor']:.0f}%" if "percent_of_floor" in row else ""
         mfu = [f"{100 * row['mfu']:.1f}%"] if "mfu" in row else []
-        body.append([row["provider"] + tokens, number(row["rate"]), f"{number(row['ms'])}", ratio, share, *mfu])
-    header = [f"{name}: {rows[0]['case']}", "tokens/s", "ms", "fastgpt is", "of its floor"]
+        compared_with = ratio(row) if "fastgpt_is" in row else ""
+        body.append(
+            [row["provider"] + tokens, number(row["rate"]), turn, compared_with, number(row["ms"]), share, *mfu]
+        )
+    header = [f"{name}: {rows[0]['case']}", "tokens/s", "fastgpt in turn", "fastgpt is", "ms", "of its floor"]
     header += ["MFU (6 N + 6 L C T)"] if body and len(body[0]) > len(header) else []
-    left = [f"{r['provider']}: {r['status']}, {r['reason']}" for r in rows if r["status"] != "ok"]
-    return markdown(header, body) + ("\n\nNot in the table: " + "; ".join(left) + "." if left else "")
+    left = [f"- {line}" for line in left_out(rows)]
+    return markdown(header, body) + ("\n\nNot in the table:\n\n" + "\n".join(left) if left else "")
 
 
 def kernels(rows: Sequence[Row]) -> str:
@@ -110,18 +116,26 @@ def kernels(rows: Sequence[Row]) -> str:
 
 def grown(rows: Sequence[Row]) -> str:
     """How a token's cost grows with the context."""
-    found = []
-    for (title, over, provider), points in growth(rows).items():
-        if title.startswith("next_token"):
-            measured = ", ".join(f"{ms:.1f} ms at {x:.0f}" for x, ms in points)
-            found.append(f"{provider}: {measured}, as {over}^{slope(points):.2f}")
-    return "One more token, by context. " + ". ".join(found) + "." if found else ""
+    found = {key: points for key, points in growth(rows).items() if key[0].startswith("next_token")}
+    if not found:
+        return ""
+    over = next(iter(found))[1]
+    sizes = sorted({point.size for points in found.values() for point in points})
+    body = []
+    for size in sizes:
+        at = [next((p for p in points if p.size == size), None) for points in found.values()]
+        cells = [f"{number(p.ms)} ms ({number(p.p20)} to {number(p.p80)})" if p else "" for p in at]
+        body.append([f"{size}", *cells])
+    body.append(["grows as", *(power(over, points) for points in found.values())])
+    return markdown([f"one more token behind a {over} of", *(provider for _, _, provider in found)], body)
 
 
 def ahead(rows: Sequence[Row]) -> str:
-    worst = sorted(behind(rows), key=lambda r: r["fastgpt_is"])
-    listed = [f"{r['provider']} in {r['benchmark']} ({r['case']}), {r['fastgpt_is']:.2f}x" for r in worst]
-    return "Where a peer is ahead: " + ("; ".join(listed) if listed else "nowhere in these rows") + "."
+    """Peers that are ahead beyond the noise; every row is in the report."""
+    found = ahead_lines(rows)
+    if not found:
+        return "Where a peer is ahead: nowhere beyond the noise in these rows."
+    return "Where a peer is ahead, beyond the noise (four ratios in five below 1):\n\n" + "\n".join(found)
 
 
 def memory(rows: Sequence[Row]) -> str:

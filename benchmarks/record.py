@@ -18,7 +18,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
-PACKAGES = ("torch", "triton", "numpy", "transformers", "llms-from-scratch", "liger-kernel", "tiktoken")
+PACKAGES = ("torch", "triton", "numpy", "transformers", "llms-from-scratch", "tiktoken", "tokenizers")
+# Peers that few have: named in a record where they are installed.
+PEERS = ("liger-kernel", "flash-attn", "flash-attn-3", "quack-kernels", "cut-cross-entropy")
 # nvidia-smi's names -> ours; read where a row is timed
 STATE = {
     "clocks.sm": "sm_MHz",
@@ -50,7 +52,7 @@ def run_record(command: str, timestamp: str, **more: Any) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": list(os.getloadavg()),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in PACKAGES + PEERS if name in PACKAGES or version(name)},
         "device": f"{cpu_name()}, {torch.get_num_threads()} threads",
         **more,
     }
@@ -71,9 +73,14 @@ def run_record(command: str, timestamp: str, **more: Any) -> dict[str, Any]:
 
 
 def state() -> dict[str, Any] | None:
-    """Clocks, power and temperature at this moment; null where there is no nvidia-smi."""
-    found = _smi(",".join(STATE))
-    return None if found is None else dict(zip(STATE.values(), map(str.strip, found.split(",")), strict=False))
+    """Clocks, power and temperature of the GPU at this moment, null where there is no nvidia-smi; of a CPU, what Linux says
+    of its clocks, and how many processes want them."""
+    if torch.cuda.is_available():
+        found = _smi(",".join(STATE))
+        return None if found is None else dict(zip(STATE.values(), map(str.strip, found.split(",")), strict=False))
+    info = Path("/proc/cpuinfo")
+    clocks = re.findall(r"cpu MHz\s*: (.*)", info.read_text(encoding="utf-8")) if info.is_file() else []
+    return {"cpu_MHz": [float(clock) for clock in clocks], "load_average": round(os.getloadavg()[0], 2)}
 
 
 def version(name: str) -> str | None:

@@ -5,6 +5,9 @@
 
 A row's floor is the larger of two times: its bytes at the bandwidth that floors.json of the same machine has (a copy's where it
 writes, a read's where it hardly does), and its FLOPs at the rate of the library's product in that dtype.
+
+A machine's speed drifts, so a peer's samples alternate with fastgpt's, and its row has both medians and the median of the
+ratios, pair by pair. fastgpt's own row is all of its samples at that case: those taken alone and those in turn with each peer.
 """
 
 from __future__ import annotations
@@ -12,15 +15,16 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.floors import rate
 from benchmarks.floors import table as floors_table
-from benchmarks.harness import OURS
+from benchmarks.growth import growth, power
+from benchmarks.harness import OURS, timing
 from benchmarks.record import RESULTS, ROOT, machine_name
 from benchmarks.train_step import peak_tflops
 
@@ -38,8 +42,19 @@ COLUMNS = (
     "rate_unit",
     "floor_ms",
     "bound",
+    "percent_of_floor",
+    "fastgpt_rate",
+    "fastgpt_is",
+    "fastgpt_is_p20",
+    "fastgpt_is_p80",
+    "token_us",
+    "mfu",
+    "peak_MB",
+    "error",
+    "reason",
 )
-COLUMNS += ("percent_of_floor", "fastgpt_is", "token_us", "mfu", "peak_MB", "error", "reason")
+# A ratio nearer to 1 than this changes sides between two runs on the same machine.
+NEARLY = 0.98
 
 
 def load(directory: Path) -> tuple[list[dict], list[Row], list[Row]]:
@@ -56,13 +71,13 @@ def load(directory: Path) -> tuple[list[dict], list[Row], list[Row]]:
             for row in held["rows"]
             if row["benchmark"] not in ("floors", "sweep")
         ]
-    found = [derived(row, floors, runs[row["run"]]) for row in rows]
+    found = [derived(row, floors, runs[row["run"]]) for row in pooled(rows)]
     ours = {(row["benchmark"], row["case"]): row for row in found if row["provider"] == OURS}
     first = {(*_prompt(row), row["provider"]): row for row in found if row["benchmark"] == "prefill" and "ms" in row}
     for row in found:
         mine = ours.get((row["benchmark"], row["case"]))
         if mine and row["provider"] != OURS and "rate" in row and "rate" in mine:
-            row.setdefault("fastgpt_is", mine["rate"] / row["rate"])  # not timed in turn: the ratio of medians
+            compare(row, mine)
         before = first.get((*_prompt(row), row["provider"])) if row["benchmark"] == "generate" else None
         if before and "ms" in row:
             after, made = row["ms"] - before["ms"], row.get("new_tokens", row["size"]["new"])
@@ -72,6 +87,34 @@ def load(directory: Path) -> tuple[list[dict], list[Row], list[Row]]:
 
 def _prompt(row: Row) -> tuple[Any, ...]:
     return tuple(row["size"].get(name) for name in ("model", "batch", "prompt"))
+
+
+def pooled(rows: Sequence[Row]) -> list[Row]:
+    """`rows`, fastgpt's with all of its samples of the same run: its own and those that its peers' rows hold."""
+    turns: dict[tuple[str, str, int], list[float]] = {}
+    for row in rows:
+        turns.setdefault((row["benchmark"], row["case"], row["run"]), []).extend(row.get("fastgpt_ms", ()))
+    found = []
+    for row in rows:
+        if row["provider"] == OURS and "samples_ms" in row:
+            t = timing([*row["samples_ms"], *turns[row["benchmark"], row["case"], row["run"]]])
+            row = {**row, "ms": t.median, "p20": t.p20, "p80": t.p80, "rounds": t.rounds}
+        found.append(row)
+    return found
+
+
+def compare(row: Row, mine: Row) -> None:
+    """Give `row` fastgpt's rate in the samples between its own, and the ratio with its 20th and 80th percentile.
+
+    Where the two weren't timed in turn, the ratio is that of the medians and its range that of the two ranges.
+    """
+    if "fastgpt_ms" in row:
+        row["fastgpt_rate"] = mine["rate"] * mine["ms"] / statistics.median(row["fastgpt_ms"])
+    row.setdefault("fastgpt_is", mine["rate"] / row["rate"])
+    if "fastgpt_is_p20" not in row:
+        work = mine["rate"] * mine["ms"] / (row["rate"] * row["ms"])
+        row["fastgpt_is_p20"] = work * row["p20"] / mine["p80"]
+        row["fastgpt_is_p80"] = work * row["p80"] / mine["p20"]
 
 
 def derived(row: Row, floors: Sequence[Row], run: dict) -> Row:
@@ -103,33 +146,23 @@ def derived(row: Row, floors: Sequence[Row], run: dict) -> Row:
     return row
 
 
-def slope(points: Sequence[tuple[float, float]]) -> float:
-    """The exponent of the power law through (size, time), by least squares on logarithms."""
-    xs, ys = zip(*((math.log(x), math.log(y)) for x, y in points), strict=True)
-    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / sum((x - mean_x) ** 2 for x in xs)
-
-
-def growth(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[tuple[float, float]]]:
-    """(benchmark and its fixed sizes, what grows, provider) -> (size, milliseconds) in order, three points at least.
-
-    The size that a series starts from is recorded once, as a case of its own, and belongs to every series.
-    """
-    series: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
-    timed = [row for row in rows if row["status"] == "ok" and "ms" in row]
-    for row in sorted(timed, key=lambda row: row["grows"] is None):
-        for over in [row["grows"]] if row["grows"] else row["size"]:
-            fixed = " ".join(f"{k}={v}" for k, v in row["size"].items() if k != over)
-            title = " ".join(part for part in (row["benchmark"], fixed, row["dtype"], row["mode"]) if part)
-            key = title, over, row["provider"]
-            if row["grows"] or key in series:
-                series.setdefault(key, []).append((row["size"][over], row["ms"]))
-    return {key: sorted(points) for key, points in series.items() if len(points) >= 3}
-
-
 def behind(rows: Sequence[Row]) -> list[Row]:
-    """Rows of peers that were faster than fastgpt in the same run."""
-    return [row for row in rows if row.get("fastgpt_is", 1.0) < 0.98]
+    """Rows of peers that were faster than fastgpt beyond the noise, the fastest first: four ratios in five are below 1."""
+    found = [row for row in rows if row.get("fastgpt_is", 1.0) < NEARLY and row["fastgpt_is_p80"] < 1.0]
+    return sorted(found, key=lambda row: row["fastgpt_is"])
+
+
+def ratio(row: Row) -> str:
+    return f"{row['fastgpt_is']:.2f}x ({row['fastgpt_is_p20']:.2f} to {row['fastgpt_is_p80']:.2f})"
+
+
+def left_out(rows: Iterable[Row]) -> list[str]:
+    """A line a reason of the providers that took no part."""
+    reasons: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row["status"] != "ok":
+            reasons.setdefault(f"{row['status']}, {row['reason']}", {})[row["provider"]] = None
+    return [f"{reason}: {'; '.join(providers)}" for reason, providers in reasons.items()]
 
 
 def number(value: float | None) -> str:
@@ -144,34 +177,40 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
 
 
+HEADER = ("provider", "ms", "p20 to p80", "rate", "of its floor", "fastgpt in turn", "fastgpt is", "")
+
+
 def cells(row: Row) -> list[str]:
-    if row["status"] != "ok":
-        return [row["case"], row["provider"], f"{row['status']}: {row['reason']}", "", "", "", "", ""]
     if "ms" not in row:
-        found = (
-            f"{row['peak_MB']:,.0f} MB"
-            if "peak_MB" in row
-            else ", ".join(f"{k} {number(v)} ms" for k, v in row["parts"].items())
-        )
-        return [row["case"], row["provider"], "", "", found, "", "", ""]
+        if "peak_MB" in row:
+            return [row["provider"], "", "", f"{row['peak_MB']:,.0f} MB", "", "", "", ""]
+        parts = ", ".join(f"{k} {number(v)} ms" for k, v in row["parts"].items())
+        return [row["provider"], "", "", parts, "", "", "", ""]
     share = row.get("percent_of_floor")
+    more = ""
+    if "mfu" in row:
+        more = f"{100 * row['mfu']:.1f}% MFU"
+    elif "token_us" in row:
+        more = f"{number(row['token_us'])} us a later token"
+    asked = row["size"].get("new")
+    fewer = "" if row.get("new_tokens", asked) == asked else f" ({row['new_tokens']} tokens)"
     return [
-        row["case"],
-        row["provider"],
+        row["provider"] + fewer,
         number(row["ms"]),
-        "" if row["p20"] is None else f"{number(row['p20'])} to {number(row['p80'])}",
+        f"{number(row['p20'])} to {number(row['p80'])}",
         f"{number(row['rate'])} {row['rate_unit']}",
         "" if share is None else f"{share:.0f}% ({row['bound']})",
-        f"{row['fastgpt_is']:.2f}x" if "fastgpt_is" in row else "",
-        f"{100 * row['mfu']:.1f}% MFU"
-        if "mfu" in row
-        else f"{number(row['token_us'])} us"
-        if "token_us" in row
-        else "",
+        f"{number(row['fastgpt_rate'])} {row['rate_unit']}" if "fastgpt_rate" in row else "",
+        ratio(row) if "fastgpt_is" in row else "",
+        more,
     ]
 
 
-HEADER = ("case", "provider", "ms", "p20 to p80", "rate", "of its floor", "fastgpt is", "MFU, or a later token")
+def table(rows: Sequence[Row]) -> str:
+    """Of one case: a provider a line; who took no part is listed below by reason."""
+    body = [cells(row) for row in rows if row["status"] == "ok"]
+    missing = "\n".join(f"- {line}" for line in left_out(rows))
+    return "\n\n".join(part for part in (markdown(HEADER, body) if body else "", missing) if part)
 
 
 def machine(run: dict) -> str:
@@ -185,15 +224,23 @@ def machine(run: dict) -> str:
     return "; ".join(parts)
 
 
-def report_text(directory: Path) -> str:
+def report_text(directory: Path, pictures: Sequence[Path] = ()) -> str:
     runs, floors, rows = load(directory)
     lines = ["# Benchmarks", ""]
     lines += [f"- {text}" for text in dict.fromkeys(machine(run) for run in runs)]
     lines += ["", "Commands:", "", *(f"- `{command}`" for command in dict.fromkeys(run["command"] for run in runs))]
     lines += [
         "",
-        "Medians, with the 20th and 80th percentile; each peer's samples alternated with fastgpt's own, and `fastgpt is` is the",
-        "median of their ratios. Training FLOPs by llm.c's convention, 6 N + 6 L C T a token.",
+        "Medians, with the 20th and 80th percentile. Each peer's samples alternated with fastgpt's own: `fastgpt in turn` is",
+        "what fastgpt did between them, `fastgpt is` the median of the ratios, pair by pair, with their percentiles; above 1,",
+        "fastgpt is faster. fastgpt's own line is all of its samples at that size. A share of the floor above 100% was measured",
+        "at a moment at which the machine was faster than when its floors were. Training FLOPs by llm.c's convention,",
+        "6 N + 6 L C T a token.",
+        *(part for path in pictures for part in ("", f"![{path.stem}]({path.name})")),
+        "",
+        "## Where a peer is ahead",
+        "",
+        *(ahead_lines(rows) or ["Nowhere beyond the noise."]),
         "",
         "## Floors",
         "",
@@ -203,67 +250,84 @@ def report_text(directory: Path) -> str:
     ]
     for name in dict.fromkeys(row["benchmark"] for row in rows):
         chosen = [row for row in rows if row["benchmark"] == name and not row["grows"]]
-        if chosen:
-            lines += ["", f"## {name}", "", markdown(HEADER, [cells(row) for row in chosen])]
+        lines += ["", f"## {name}"] if chosen else []
+        for case in dict.fromkeys(row["case"] for row in chosen):
+            lines += ["", f"### {case}", "", table([row for row in chosen if row["case"] == case])]
     series = growth(rows)
     if series:
         header = ("what", "grows", "provider", "from", "to", "time grows as")
         body = [
-            [title, over, provider, *(f"{number(x)}: {number(ms)} ms" for x, ms in (points[0], points[-1]))]
-            + [f"{over}^{slope(points):.2f}"]
+            [title, over, provider, *(f"{number(p.size)}: {number(p.ms)} ms" for p in (points[0], points[-1]))]
+            + [power(over, points)]
             for (title, over, provider), points in series.items()
         ]
-        lines += ["", "## Growth", "", markdown(header, body)]
-    lines += ["", "## Where a peer is ahead", ""]
-    ahead = sorted(behind(rows), key=lambda row: row["fastgpt_is"])
-    lines += [f"- {r['benchmark']} {r['case']}: {r['provider']}, fastgpt is {r['fastgpt_is']:.2f}x" for r in ahead]
-    return "\n".join([*lines, *([] if ahead else ["Nowhere in these rows."])]) + "\n"
+        lines += ["", "## Growth", "", "Exponents fitted through all points, with their standard errors.", ""]
+        lines += [markdown(header, body)]
+    return "\n".join(lines) + "\n"
 
 
-def write(directory: Path) -> None:
-    """report.md, results.csv, report/results.json and the plots, beside the records."""
+def ahead_lines(rows: Sequence[Row]) -> list[str]:
+    return [f"- {row['benchmark']} {row['case']}: {row['provider']}, fastgpt is {ratio(row)}" for row in behind(rows)]
+
+
+def write(directory: Path) -> list[str]:
+    """report/report.md, results.csv, results.json and the plots, beside the records; gives the lines to print."""
+    from benchmarks import plots
+
     runs, floors, rows = load(directory)
     folder = directory / "report"
     folder.mkdir(exist_ok=True)
-    (folder / "report.md").write_text(report_text(directory), encoding="utf-8")
+    for stale in folder.glob("*.png"):
+        stale.unlink()
+    drawn = plots.draw(rows, floors, growth(rows), folder) if plots.possible() else []
+    (folder / "report.md").write_text(report_text(directory, drawn), encoding="utf-8")
     with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     results = {"runs": runs, "floors": floors, "rows": rows}
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    from benchmarks import plots
-
-    plots.draw(rows, floors, growth(rows), folder)
+    missing = [] if plots.possible() else ["no plots: matplotlib isn't installed"]
+    return [*missing, f"report: {folder / 'report.md'}"]
 
 
 def summary(directory: Path, group: str | None = None) -> str:
-    """A line a row of `group`, or of all of them, for the end of a run."""
+    """A line a case of `group`, or of all of them, with the best peer; then what grows, and whatever failed."""
     _, _, rows = load(directory)
+    rows = [row for row in rows if group in (None, row["group"])]
     lines = []
-    for row in rows:
-        if row["status"] != "absent" and group in (None, row["group"]):
-            _, provider, *rest = cells(row)
-            texts = "  ".join(part for part in rest if part)
-            lines.append(f"{row['benchmark']} {row['case']:<44.80} {provider:<32} {texts}")
-    if group is None:
-        lines.append(f"report: {directory / 'report' / 'report.md'}")
+    for name, case in dict.fromkeys((row["benchmark"], row["case"]) for row in rows if not row["grows"]):
+        chosen = [row for row in rows if (row["benchmark"], row["case"]) == (name, case) and row["status"] == "ok"]
+        mine = next((row for row in chosen if row["provider"] == OURS), None)
+        best = min((row for row in chosen if "fastgpt_is" in row), key=lambda row: row["fastgpt_is"], default=None)
+        texts = (
+            [text for text in (cells(mine)[1], *cells(mine)[3:5], cells(mine)[7]) if text]
+            if mine
+            else ["fastgpt: none"]
+        )
+        texts += [f"{best['provider']}: fastgpt is {ratio(best)}"] if best else []
+        lines.append(f"{name} {case:<44.80} {'  '.join(texts)}")
+    for (title, over, provider), points in growth(rows).items():
+        ends = " to ".join(f"{number(p.ms)} ms at {number(p.size)}" for p in (points[0], points[-1]))
+        lines.append(f"{title}, {provider}: {ends}, {power(over, points)}")
+    failed = [row for row in rows if row["status"] not in ("ok", "absent")]
+    lines += [f"{row['benchmark']} {row['case']} {row['provider']}: {row['status']}, {row['reason']}" for row in failed]
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
     parser.add_argument("directory", nargs="?", type=Path, default=Path("out/bench") / machine_name())
-    parser.add_argument("--summary", metavar="GROUP", help="print the rows of a group and write nothing")
+    parser.add_argument("--summary", metavar="GROUP", help="print a line a case of a group and write nothing")
     parser.add_argument("--readme", action="store_true", help="fill README.md's tables from benchmarks/results")
     parser.add_argument("--check", action="store_true", help="with --readme: change nothing, fail if it would")
     arguments = parser.parse_args(argv)
     if not arguments.readme:
         if not any(arguments.directory.glob("*.json")):
             parser.error(f"no records in {arguments.directory}; run the benchmarks first")
-        if arguments.summary is None:
-            write(arguments.directory)
         print(summary(arguments.directory, arguments.summary))
+        if arguments.summary is None:
+            print("\n".join(write(arguments.directory)))
         return 0
     from benchmarks.readme import filled
 

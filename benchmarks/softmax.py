@@ -36,6 +36,13 @@ def liger(case):
     return LigerSoftmaxFunction.apply
 
 
+def quack(case):
+    needs("quack", "quack-kernels")
+    from quack.softmax import softmax
+
+    return softmax
+
+
 CAUSAL = Op(
     "softmax",
     scores,
@@ -53,6 +60,6 @@ WIDE = Op(
     {"forward": wide_work(1), "backward": wide_work(2)},
     {"gpu": [{"rows": 8192, "V": 50257}], "cpu": [{"rows": 64, "V": 50257}], "dry": [{"rows": 3, "V": 65}]},
     gradients=(0,),
-    peers={"torch.softmax": lambda case: lambda x: torch.softmax(x, -1), "Liger": liger},
+    peers={"torch.softmax": lambda case: lambda x: torch.softmax(x, -1), "Liger": liger, "quack": quack},
 )
 OPS = (CAUSAL, WIDE)

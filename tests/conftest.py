@@ -11,6 +11,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: it is read where kernels are decorated
 
 
+def pytest_addoption(parser, pluginmanager):
+    if not pluginmanager.hasplugin("timeout"):  # an option of pyproject.toml; a borrowed machine may not have the plugin
+        parser.addini("timeout", "pytest-timeout's, which isn't installed")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
