@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import PRESETS, GPTModel
+from fastgpt import PRESETS, GPTModel, generate, quantize, use_backend
 from fastgpt.cli import main
+from fastgpt.ops import triton_unavailable
 from fastgpt.tokenizer import load_tokenizer
 from fastgpt.weights import BUNDLED
 
@@ -50,6 +51,43 @@ def test_generate_continues_the_prompt_with_the_models_own_tokens(capsys):
     model, tokenizer = GPTModel.from_pretrained("bundled"), load_tokenizer(BUNDLED)
     ids = tokenizer.encode("def add(a, b):")
     assert printed == tokenizer.decode(model.generate(torch.tensor([ids]), 12)[0].tolist()) + "\n"
+
+
+def test_generate_from_int8_weights_and_by_lookup(capsys):
+    """Both together, beside the tokens of the quantized model, and the number of forwards that lookup saves."""
+    prompt = "for i in range(10):\n    print(i)\nfor i in range(10):\n"
+    calls: list[int] = []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: calls.append(1) if isinstance(module, GPTModel) else None
+    )
+    try:
+        options = ["--max-new-tokens", "12", "--temperature", "0", "--json", "--int8", "--lookup", "4"]
+        assert main(["generate", prompt, *options]) == 0
+    finally:
+        hook.remove()
+    record = json.loads(capsys.readouterr().out)
+    model, tokenizer = quantize(GPTModel.from_pretrained("bundled")), load_tokenizer(BUNDLED)
+    ids = tokenizer.encode(prompt)
+    assert record["tokens"] == model.generate(torch.tensor([ids]), 12)[0, len(ids) :].tolist()
+    assert len(calls) < 12
+
+
+def test_generate_draws_in_triton(text, tmp_path, capsys):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if why := triton_unavailable(device, torch.float32):
+        pytest.skip(f"the fused sampler needs Triton: {why}")
+    out = str(tmp_path / "run")
+    assert main(["train", str(text), "--out", out, *SMALL, "--max-steps", "1"]) == 0
+    capsys.readouterr()
+    with use_backend("triton"):
+        options = ["--max-new-tokens", "4", "--seed", "3", "--top-k", "5", "--json", "--sampler", "fused"]
+        assert main(["generate", "the quick", "--model", out, *options]) == 0
+        tokens = json.loads(capsys.readouterr().out)["tokens"]
+        model = GPTModel.from_pretrained(out, dtype=torch.bfloat16 if device.type == "cuda" else None).to(device)
+        ids, generator = load_tokenizer(out).encode("the quick"), torch.Generator(device=device).manual_seed(3)
+        settings = {"temperature": 0.8, "top_k": 5, "generator": generator}
+        assert tokens == generate(model, [ids], 4, sampler="fused", **settings)[0].tokens
+    assert tokens != generate(model, [ids], 4, **settings)[0].tokens
 
 
 def test_same_seed_same_text(capsys):
@@ -141,6 +179,15 @@ def test_prompt_comes_from_standard_input():
         (["generate", "x", "--device", "tpu9"], "device must be cpu, cuda, cuda:N or mps, got 'tpu9'"),
         (["generate", "x", "--prompt-file", "y"], "give the prompt as an argument or as --prompt-file, not both"),
         (["generate", "x", "--stop", ""], "--stop must not be empty"),
+        (
+            ["generate", "x", "--lookup", "-1", "--temperature", "0"],
+            "lookup must be a whole number of at least 0, got -1",
+        ),
+        (["generate", "x", "--lookup", "4"], "lookup=4 is for greedy decoding, temperature=0; got temperature 0.8"),
+        (
+            ["generate", "x", "--device", "cpu", "--sampler", "fused"],
+            "sampler 'fused' runs on the Triton backend alone, and here that is not in use",
+        ),
         (["train", "/nowhere.txt", "--out", "/tmp/never"], "no file or directory at '/nowhere.txt'"),
         (["eval", "/nowhere.txt"], "no file or directory at '/nowhere.txt'"),
         (["info", "gpt5"], "no model at 'gpt5'"),

@@ -14,6 +14,8 @@ import torch
 from fastgpt.commands.options import device_option, load_model, model_option
 from fastgpt.data import read_text
 from fastgpt.generation import OVERFLOWS, Step, generate
+from fastgpt.quantization import quantize
+from fastgpt.sampling import SAMPLERS
 
 HELP = "Continue a prompt."
 
@@ -35,6 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given more than once"
     )
     parser.add_argument("--overflow", choices=OVERFLOWS, default="crop", help="what to do past the context length")
+    parser.add_argument(
+        "--sampler", choices=SAMPLERS, default="torch", help="draw as transformers does, or in Triton on a GPU"
+    )
+    parser.add_argument(
+        "--lookup",
+        type=int,
+        default=0,
+        metavar="K",
+        help="with --temperature 0: guess K tokens ahead from the text so far",
+    )
+    parser.add_argument("--int8", action="store_true", help="round the weights to 8 bits once they are loaded")
     parser.add_argument("--no-cache", action="store_true", help="recompute everything for each token")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
     device_option(parser)
@@ -55,6 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     if "" in arguments.stop:
         raise ValueError("--stop must not be empty")
     model, tokenizer = load_model(arguments)
+    if arguments.int8:
+        model = quantize(model)
     prompt = tokenizer.encode(text)
     if not prompt:
         if tokenizer.end_of_text is None:
@@ -76,6 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
         generator=generator,
         overflow=arguments.overflow,
         use_cache=not arguments.no_cache,
+        lookup=arguments.lookup,
+        sampler=arguments.sampler,
         logprobs=arguments.json,
         stream=True,
     )
