@@ -1,11 +1,11 @@
 """Train the model in fastgpt/assets from the sources of CPython's own standard library: one command, start to finish.
 
-    python examples/train_bundled_model.py out/bundled [--max-steps N]
+    python examples/train_bundled_model.py out/bundled [--files N] [--resume] [--max-steps N ...]
 
 Every machine with Python has the text: each .py file of the standard library, docstrings and the language reference in
 pydoc_data included. One file in 40, chosen by the SHA-256 of its path, is held out. The steps: copy the two sets apart, learn a
-byte-level BPE of 2048 ids from the training files, run `fastgpt train`, measure bits per byte on the held-out files beside
-`xz -9` of the same bytes, and write the model in 16 bits with its model card.
+byte-level BPE of 2048 ids from the training files, run `fastgpt train` with the settings in bundled_model.toml, measure bits
+per byte on the held-out files beside `xz -9` of the same bytes, and write the model in 16 bits.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fastgpt.evaluation import evaluate
 from fastgpt.model import GPTModel
 from fastgpt.tokenizer import load_tokenizer, train_byte_pairs
 
+RECIPE = Path(__file__).with_name("bundled_model.toml")
 VOCAB_SIZE = 2048
 HELD_OUT_ONE_IN = 40
 
@@ -64,12 +65,10 @@ def write_documents(directory: Path, documents: dict[str, str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--max-steps", type=int, default=7000)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--files", type=int, help="try things out with this many training files and two held out")
     parser.add_argument("--resume", action="store_true")
-    arguments = parser.parse_args()
+    # What else is given goes to `fastgpt train`, over the recipe's settings: --max-steps 100, --batch-size 1, --device cpu.
+    arguments, changes = parser.parse_known_args()
     out: Path = arguments.out
 
     if not arguments.resume:
@@ -79,36 +78,10 @@ def main() -> None:
         write_documents(out / "text" / "train", training)
         write_documents(out / "text" / "held-out", held_out)
         train_byte_pairs(training.values(), VOCAB_SIZE).save(out / "tokenizer")
-    command = [
-        "train",
-        str(out / "text" / "train"),
-        "--validation",
-        str(out / "text" / "held-out"),
-        "--out",
-        str(out / "run"),
-    ]
-    command += [
-        "--tokenizer",
-        str(out / "tokenizer"),
-        "--layers",
-        "4",
-        "--heads",
-        "4",
-        "--width",
-        "256",
-        "--context",
-        "1024",
-    ]
-    command += [
-        "--max-steps",
-        str(arguments.max_steps),
-        "--batch-size",
-        str(arguments.batch_size),
-        "--lr",
-        str(arguments.lr),
-    ]
-    command += ["--warmup-steps", "200", "--min-lr-ratio", "0.02", "--dtype", "bfloat16", "--validate-every", "250"]
-    command += ["--resume"] if arguments.resume else []
+    text = out / "text"
+    command = ["train", str(text / "train"), "--validation", str(text / "held-out"), "--out", str(out / "run")]
+    command += ["--resume"] if arguments.resume else ["--config", str(RECIPE), "--tokenizer", str(out / "tokenizer")]
+    command += changes
     print("fastgpt", *command)
     if status := fastgpt(command):
         raise SystemExit(status)
@@ -116,7 +89,7 @@ def main() -> None:
     model, tokenizer = GPTModel.from_pretrained(out / "run"), load_tokenizer(out / "run")
     model.save_pretrained(out / "model", dtype=torch.float16)
     tokenizer.save(out / "model")
-    documents = [read_text(path) for path in expand([out / "text" / "held-out"])]
+    documents = [read_text(path) for path in expand([text / "held-out"])]
     result = evaluate(GPTModel.from_pretrained(out / "model"), tokenizer, documents)
     size = sum(path.stat().st_size for path in (out / "model").iterdir())
     print(f"{size:,} bytes in {out / 'model'}")

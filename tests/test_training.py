@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from fastgpt import GPTModel, use_backend, weights
 from fastgpt.cli import main
-from fastgpt.config import PRESETS, TokenIdError
+from fastgpt.config import PRESETS, GPTConfig, TokenIdError
 from fastgpt.data import TokenStream
 from fastgpt.shards import Tokens, read_shard, write_shard
 from fastgpt.tokenizer import SymbolTokenizer, load_tokenizer
@@ -96,25 +97,26 @@ class Plain(nn.Module):
 
     def __init__(self, source: GPTModel) -> None:
         super().__init__()
-        self.wte, self.wpe = nn.Embedding(101, 32), nn.Embedding(16, 32)
+        size, C = source.config, source.config.emb_dim
+        self.wte, self.wpe = nn.Embedding(size.vocab_size, C), nn.Embedding(size.context_length, C)
         self.blocks = nn.ModuleList(
             nn.ModuleDict(
                 {
-                    "ln1": nn.LayerNorm(32),
-                    "attention": nn.MultiheadAttention(32, 4, batch_first=True),
-                    "ln2": nn.LayerNorm(32),
-                    "up": nn.Linear(32, 128),
-                    "down": nn.Linear(128, 32),
+                    "ln1": nn.LayerNorm(C),
+                    "attention": nn.MultiheadAttention(C, size.n_heads, batch_first=True),
+                    "ln2": nn.LayerNorm(C),
+                    "up": nn.Linear(C, 4 * C),
+                    "down": nn.Linear(4 * C, C),
                 }
             )
-            for _ in range(2)
+            for _ in range(size.n_layers)
         )
-        self.ln = nn.LayerNorm(32)
+        self.ln = nn.LayerNorm(C)
         state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
         places = {"wte.weight": "tok_emb.weight", "wpe.weight": "pos_emb.weight", "ln.weight": "final_norm.scale"}
         places["ln.bias"] = "final_norm.shift"
         mine = {name: state[theirs] for name, theirs in places.items()}
-        for i in range(2):
+        for i in range(size.n_layers):
             ours, theirs = f"blocks.{i}.", f"trf_blocks.{i}."
             for kind in ("weight", "bias"):
                 parts = [state[f"{theirs}att.W_{part}.{kind}"] for part in ("query", "key", "value")]
@@ -184,6 +186,42 @@ def test_every_loss_is_that_of_a_plain_loop(tmp_path):
         model.trf_blocks[1].att.out_proj.weight, plain.blocks[1]["attention"].out_proj.weight, rtol=1e-3, atol=1e-5
     )
     torch.testing.assert_close(model.final_norm.scale, plain.ln.weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "rel"), [("float32", 1e-4), ("bfloat16", 5e-3)])
+def test_the_bundled_models_recipe_is_a_plain_loop(tmp_path, dtype, rel):
+    """`fastgpt train` with the committed settings, on shorter and fewer rows, beside torch's own modules and AdamW."""
+    steps, warmup, context = 10, 4, 32
+    text = tmp_path / "argparse.py"
+    shutil.copy(argparse.__file__, text)
+    command = ["train", str(text), "--config", str(ROOT / "examples" / "bundled_model.toml"), "--tokenizer", "bundled"]
+    command += ["--out", str(tmp_path / "run"), "--context", str(context), "--batch-size", "2", "--dtype", dtype]
+    command += ["--max-steps", str(steps), "--warmup-steps", str(warmup), "--validation-batches", "1"]
+    assert main(command) == 0
+
+    tokenizer = load_tokenizer(BUNDLED)
+    config = GPTConfig(2048, context, 256, 4, 4, 0.0, qkv_bias=True, tie_weights=True, init="gpt2")
+    plain = Plain(new_model(config, 0, torch.device("cpu")))
+    ids = np.array([*tokenizer.encode(text.read_text(encoding="utf-8")), tokenizer.end_of_text])
+    stream = TokenStream(ids[: -int(len(ids) * 0.02)], context, 2, seed=0)
+    groups = [{"params": [p for p in plain.parameters() if (p.dim() > 1) is wide]} for wide in (True, False)]
+    groups[1]["weight_decay"] = 0.0
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1)
+    expected = []
+    for step in range(steps):
+        cosine = 0.51 + 0.49 * math.cos(math.pi * (step - warmup) / (steps - warmup))
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * ((step + 1) / warmup if step < warmup else cosine)
+        inputs, targets = stream.batch(step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = F.cross_entropy(plain(inputs).flatten(0, 1).float(), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        expected.append(loss.item())
+    assert logged(tmp_path / "run", "loss") == pytest.approx(expected, rel=rel)
+    assert expected[-1] < 0.9 * expected[0]
 
 
 def test_it_learns_what_can_be_learned(tmp_path):
@@ -923,6 +961,16 @@ def test_losses_read_late_are_the_same(tmp_path):
 
 
 # Schedules, settings, reports.
+
+
+@pytest.mark.parametrize(("tf32", "precision"), [(True, "high"), (False, "highest")])
+def test_tf32_on_a_gpu_is_as_the_settings_say_while_training(tf32, precision):
+    before = torch.get_float32_matmul_precision()
+    with loop._matmul_precision(TrainSettings(tf32=tf32), torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == precision
+    with loop._matmul_precision(TrainSettings(tf32=tf32), torch.device("cpu")):
+        assert torch.get_float32_matmul_precision() == before
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_warmup_stable_decay():
