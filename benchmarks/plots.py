@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.floors import rate
-from benchmarks.growth import Series, fit
+from benchmarks.growth import Series, fit, growth
 from benchmarks.harness import OURS
 
 Row = dict[str, Any]
@@ -23,12 +23,15 @@ def possible() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw(rows: Sequence[Row], floors: Sequence[Row], series: Series, folder: Path) -> list[Path]:
-    """The PNG files that the rows are enough for."""
+def draw(rows: Sequence[Row], floors: Sequence[Row], folder: Path) -> list[Path]:
+    """The PNG files that the rows are enough for: peers and growth by group of benchmarks, and the roofline."""
     timed = [row for row in rows if row["status"] == "ok" and "ms" in row]
-    groups = dict.fromkeys(row["group"] for row in timed)
-    made = [bars([row for row in timed if row["group"] == g], folder / f"peers-{g}.png") for g in groups]
-    made += [roofline(timed, floors, folder / "roofline.png"), lines(series, folder / "growth.png")]
+    groups = {
+        group: [row for row in timed if row["group"] == group] for group in dict.fromkeys(r["group"] for r in timed)
+    }
+    made = [bars(held, folder / f"peers-{group}.png") for group, held in groups.items()]
+    made += [lines(growth(held), folder / f"growth-{group}.png") for group, held in groups.items()]
+    made.append(roofline(timed, floors, folder / "roofline.png"))
     return [path for path in made if path is not None]
 
 
@@ -46,17 +49,20 @@ def _saved(figure: Any, path: Path) -> Path:
     return path
 
 
-def _first_size(rows: Sequence[Row], name: str) -> list[list[Row]]:
-    """Rows of a benchmark's first size, by case: an op's forward and backward pass are two."""
+def _first_sizes(rows: Sequence[Row], name: str) -> list[list[Row]]:
+    """Rows of a benchmark by case: of the first size in each of its forms (an op's forward and backward pass, another
+    activation)."""
     found = [row for row in rows if row["benchmark"] == name and not row["grows"]]
-    same = [row for row in found if row["size"] == found[0]["size"]]
-    return [[row for row in same if row["case"] == case] for case in dict.fromkeys(row["case"] for row in same)]
+    first: dict[tuple[Any, ...], str] = {}
+    for row in found:
+        first.setdefault((*row["size"], row["size"].get("activation"), row["mode"]), row["case"])
+    return [[row for row in found if row["case"] == case] for case in first.values()]
 
 
 def bars(rows: Sequence[Row], path: Path) -> Path | None:
     """Each provider's time as a multiple of fastgpt's with the 20th and 80th percentile, a panel a case."""
     names = dict.fromkeys(row["benchmark"] for row in rows if not row["grows"])
-    panels = [chosen for name in names for chosen in _first_size(rows, name) if any("fastgpt_is" in r for r in chosen)]
+    panels = [chosen for name in names for chosen in _first_sizes(rows, name) if any("fastgpt_is" in r for r in chosen)]
     if not panels:
         return None
     columns = 1 if len(panels) < 4 else 2
@@ -91,7 +97,7 @@ def _panel(ax: Any, chosen: Sequence[Row]) -> None:
         text = f"{row['ms']:.3g} ms" if row["provider"] == OURS else f"{value:.2f}x"
         inside = max(value, high) > 0.85 * limit
         place = 0.99 * limit if inside else max(value, high) + 0.015 * limit
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8} if inside else None
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
         ax.text(place, at, text, va="center", ha="right" if inside else "left", fontsize=8, bbox=box)
     ax.axvline(1.0, color="black", lw=0.8)
     ax.set_yticks(range(len(chosen)), [row["provider"] for row in chosen])
@@ -140,15 +146,17 @@ def lines(series: Series, path: Path) -> Path | None:
     panels = list(dict.fromkeys((title, over) for title, over, _ in series))
     if not panels:
         return None
-    columns = min(3, len(panels))
+    crowded = max(sum((title, over) == panel for title, over, _ in series) for panel in panels) > 5
+    columns = min(2 if crowded else 3, len(panels))
     count = -(-len(panels) // columns)
-    figure = _figure(4.6 * columns, 3.4 * count)
+    figure = _figure((7.5 if crowded else 4.6) * columns, 3.4 * count)
     axes = figure.subplots(count, columns, squeeze=False).ravel()
     for ax, (title, over) in zip(axes, panels, strict=False):
         shown = {provider: points for (held, axis, provider), points in series.items() if (held, axis) == (title, over)}
         for provider, points in shown.items():
             sizes, times = [p.size for p in points], [p.ms for p in points]
-            ax.plot(sizes, times, "o-", ms=3, lw=1, label=f"{provider}: {over}^{fit(points)[0]:.2f}")
+            style = "o-" if len(ax.lines) < 10 else "s--"  # there are ten colours
+            ax.plot(sizes, times, style, ms=3, lw=1, label=f"{provider}: {over}^{fit(points)[0]:.2f}")
             ax.fill_between(sizes, [p.p20 for p in points], [p.p80 for p in points], alpha=0.2, lw=0)
         ax.set(xscale="log", yscale="log", xlabel=over, ylabel="ms")
         ticks = _apart(sorted({p.size for points in shown.values() for p in points}))
@@ -161,7 +169,7 @@ def lines(series: Series, path: Path) -> Path | None:
         ax.set_title(title, fontsize=8, wrap=True)
         ax.grid(alpha=0.3, which="both", lw=0.3)
         ax.tick_params(labelsize=8)
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=7, **({"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if crowded else {}))
     for ax in axes[len(panels) :]:
         ax.remove()
     return _saved(figure, path)

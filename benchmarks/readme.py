@@ -67,10 +67,34 @@ def gpu(results: Path) -> str:
         runs, _, rows = load(directory)
         parts += [*dict.fromkeys(f"- {machine(run)}." for run in runs), "", RULE, "", kernels(rows)]
         for name in ("train_step", "generate"):
-            for case in dict.fromkeys(r["case"] for r in rows if r["benchmark"] == name):
-                parts += ["", compared([r for r in rows if (r["benchmark"], r["case"]) == (name, case)], name)]
+            cases = list(dict.fromkeys(r["case"] for r in rows if r["benchmark"] == name))
+            if cases:
+                first = [r for r in rows if (r["benchmark"], r["case"]) == (name, cases[0])]
+                parts += ["", compared(first, name), "", overview(rows, name)]
         parts += ["", ahead(rows)]
     return "\n".join(parts) if parts else markdown(["on a GPU", ""], [["kernels, training, decode", NOT_YET]])
+
+
+def overview(rows: Sequence[Row], name: str) -> str:
+    """fastgpt at each size, with the best peer."""
+    body = []
+    for row in (r for r in rows if r["provider"] == OURS and r["benchmark"] == name):
+        if row["status"] != "ok":
+            body.append([row["case"], row["status"], "", "", best_peer(rows, row)])
+            continue
+        share = f"{row['percent_of_floor']:.0f}%" if "percent_of_floor" in row else ""
+        more = f"{100 * row['mfu']:.1f}% MFU" if "mfu" in row else ""
+        more = f"{number(row['token_us'])} us a later token" if "token_us" in row else more
+        body.append([row["case"], number(row["rate"]), share, more, best_peer(rows, row)])
+    return markdown([f"{name}, every size", "tokens/s", "of its floor", "", "best peer, fastgpt is"], body)
+
+
+def best_peer(rows: Sequence[Row], mine: Row) -> str:
+    """The fastest of those that aren't fastgpt in another form."""
+    same = [r for r in rows if (r["benchmark"], r["case"]) == (mine["benchmark"], mine["case"]) and "fastgpt_is" in r]
+    peers = [row for row in same if not row["provider"].startswith(OURS)]
+    best = min(peers, key=lambda row: row["fastgpt_is"], default=None)
+    return f"{best['provider']}, {ratio(best)}" if best else ""
 
 
 def compared(rows: Sequence[Row], name: str) -> str:
@@ -93,25 +117,16 @@ def compared(rows: Sequence[Row], name: str) -> str:
 
 
 def kernels(rows: Sequence[Row]) -> str:
-    """fastgpt's kernels at each op's first size, with the best peer."""
+    """fastgpt's kernels at each op's sizes, with the best peer."""
     body = []
-    ops = [r for r in rows if r["provider"] == OURS and r["mode"] in ("forward", "backward", "both") and not r["grows"]]
-    for row in ops:
-        peers = [
-            r for r in rows if (r["benchmark"], r["case"]) == (row["benchmark"], row["case"]) and "fastgpt_is" in r
-        ]
-        best = min(peers, key=lambda r: r["fastgpt_is"], default=None)
-        if row["status"] == "ok":
-            peer = f"{best['provider']}, {best['fastgpt_is']:.2f}x" if best else ""
+    for row in rows:
+        if row["provider"] == OURS and row["mode"] in ("forward", "backward", "both") and not row["grows"]:
+            done = row["status"] == "ok"
             share = f"{row['percent_of_floor']:.0f}% ({row['bound']})" if "floor_ms" in row else ""
-            body.append([row["benchmark"], row["case"], number(row["ms"]), share, peer])
-        else:
-            body.append([row["benchmark"], row["case"], row["status"], "", ""])
-    return (
-        markdown(["op", "size", "ms", "of its floor", "best peer, fastgpt is"], body)
-        if body
-        else f"Kernels: {NOT_YET}."
-    )
+            time = number(row["ms"]) if done else row["status"]
+            body.append([row["benchmark"], row["case"], time, share, best_peer(rows, row) if done else ""])
+    header = ["op", "size", "ms", "of its floor", "best peer, fastgpt is"]
+    return markdown(header, body) if body else f"Kernels: {NOT_YET}."
 
 
 def grown(rows: Sequence[Row]) -> str:

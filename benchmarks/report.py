@@ -153,7 +153,11 @@ def behind(rows: Sequence[Row]) -> list[Row]:
 
 
 def ratio(row: Row) -> str:
-    return f"{row['fastgpt_is']:.2f}x ({row['fastgpt_is_p20']:.2f} to {row['fastgpt_is_p80']:.2f})"
+    median, low, high = (
+        f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+        for value in (row["fastgpt_is"], row["fastgpt_is_p20"], row["fastgpt_is_p80"])
+    )
+    return f"{median}x ({low} to {high})"
 
 
 def left_out(rows: Iterable[Row]) -> list[str]:
@@ -279,7 +283,7 @@ def write(directory: Path) -> list[str]:
     folder.mkdir(exist_ok=True)
     for stale in folder.glob("*.png"):
         stale.unlink()
-    drawn = plots.draw(rows, floors, growth(rows), folder) if plots.possible() else []
+    drawn = plots.draw(rows, floors, folder) if plots.possible() else []
     (folder / "report.md").write_text(report_text(directory, drawn), encoding="utf-8")
     with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
@@ -292,7 +296,7 @@ def write(directory: Path) -> list[str]:
 
 
 def summary(directory: Path, group: str | None = None) -> str:
-    """A line a case of `group`, or of all of them, with the best peer; then what grows, and whatever failed."""
+    """A line a case of `group`, or of all of them, with the best peer; then how fastgpt's time grows, and whatever failed."""
     _, _, rows = load(directory)
     rows = [row for row in rows if group in (None, row["group"])]
     lines = []
@@ -308,8 +312,9 @@ def summary(directory: Path, group: str | None = None) -> str:
         texts += [f"{best['provider']}: fastgpt is {ratio(best)}"] if best else []
         lines.append(f"{name} {case:<44.80} {'  '.join(texts)}")
     for (title, over, provider), points in growth(rows).items():
-        ends = " to ".join(f"{number(p.ms)} ms at {number(p.size)}" for p in (points[0], points[-1]))
-        lines.append(f"{title}, {provider}: {ends}, {power(over, points)}")
+        if provider == OURS:
+            ends = " to ".join(f"{number(p.ms)} ms at {number(p.size)}" for p in (points[0], points[-1]))
+            lines.append(f"{title}: {ends}, {power(over, points)}")
     failed = [row for row in rows if row["status"] not in ("ok", "absent")]
     lines += [f"{row['benchmark']} {row['case']} {row['provider']}: {row['status']}, {row['reason']}" for row in failed]
     return "\n".join(lines)

@@ -399,7 +399,7 @@ def sample_results(directory: Path) -> None:
         store.add(row)
 
 
-PICTURES = ("peers-kernels.png", "roofline.png", "growth.png")
+PICTURES = ("peers-kernels.png", "growth-kernels.png", "roofline.png")
 
 
 def test_a_report_from_records_alone(tmp_path, capsys):
@@ -440,7 +440,7 @@ def test_a_summary_is_a_line_a_case(tmp_path):
     sample_results(tmp_path)
     first, second = report.summary(tmp_path, "kernels").splitlines()
     assert first.split(maxsplit=5)[5] == "4  500 GB/s  50% (memory)  torch: fastgpt is 0.50x (0.48 to 0.52)"
-    assert second.endswith("fastgpt: 4 ms at 8 to 90.5 ms at 64, width^1.50 ± 0.00")
+    assert second.endswith("forward: 4 ms at 8 to 90.5 ms at 64, width^1.50 ± 0.00")
 
 
 def test_samples_of_another_run_are_not_pooled(tmp_path):
@@ -504,6 +504,28 @@ def test_a_record_says_what_it_was_measured_on():
 def test_readme_says_what_was_recorded():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.filled(text, RESULTS) == text, "python -m benchmarks.report --readme fills the tables"
+
+
+def test_readme_s_gpu_section(tmp_path):
+    """Whatever a GPU's records hold: kernels and training with the best peer that isn't fastgpt, a failure as one."""
+    sample_results(tmp_path / "a-gpu")
+    store = record.Store(tmp_path / "a-gpu", "train")
+    store.start(record.run_record("a command", "2026-01-01T00:00:00+00:00"))
+    for batch, rival in ((1, 5.0), (2, 3.0)):
+        size = {"model": "gpt2", "batch": batch, "context": 8}
+        case = Case("train_step", size, "", "float32", Work(1e9, 1e6, 1e6), 8 * batch, "tokens")
+        store.add(timed_row(case, "fastgpt", [4.0]))
+        store.add(timed_row(case, "fastgpt, compiled", [1.0], [4.0]))
+        store.add(timed_row(case, "nanoGPT", [rival], [4.0]))
+    store.add(
+        harness.row(dataclasses.replace(case, size={"model": "gpt2-xl"}), "fastgpt", "FAILED", reason="out of memory")
+    )
+    text = readme.gpu(tmp_path)
+    assert "| layer_norm | rows=4 width=8 float32 forward | 4 | 50% (memory) | torch, 0.50x (0.48 to 0.52) |" in text
+    assert "| model=gpt2 batch=1 context=8 float32 | 2,000 | 5% |  | nanoGPT, 1.25x (1.25 to 1.25) |" in text
+    assert "| model=gpt2 batch=2 context=8 float32 | 4,000 | 5% |  | nanoGPT, 0.75x (0.75 to 0.75) |" in text
+    assert "| model=gpt2-xl float32 | FAILED |" in text
+    assert "- train_step model=gpt2 batch=2 context=8 float32: nanoGPT, fastgpt is 0.75x" in text
 
 
 def test_readme_without_markers_is_refused():
