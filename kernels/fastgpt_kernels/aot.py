@@ -13,7 +13,9 @@ have, the tensor-core instruction, the widest global load and the share of the l
 floor that the kernel is aiming at for the largest launch seen: bytes over the memory's rate or FLOPs over the tensor cores'.
 
 The exit status is 1 if any kernel spills, takes more shared memory than there is, multiplies 16-bit matrices without tensor
-cores, or streams 16-bit data mostly by loads narrower than 16 bytes. AMD targets (--arch gfx942) are reported and never fail.
+cores, streams 16-bit data mostly by loads narrower than 16 bytes, fits a multiprocessor fewer times than planned, or, launched
+dependently, waits for the kernel before it without having requested its weights. AMD targets (--arch gfx942) are reported and
+never fail.
 """
 
 from __future__ import annotations
@@ -23,11 +25,9 @@ import contextlib
 import dataclasses
 import io
 import json
-import math
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,34 +38,12 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget, Language
 
 from . import _launch
-from ._aot_cases import CASES, KINDS, NARROW, QUICK, STREAM, Case, Kind, Scope
+from ._aot_cases import CASES, KINDS, NARROW, QUICK, Case, Kind, Scope
+from ._aot_rules import CHIPS, TMA, Row, bytes_of, floor_of, judge, read_amd, read_nvidia
 
-TMA = 128  # counted as the width of a copy by the tensor memory accelerator, which fetches rows of a tile
-
-
-class Chip(NamedTuple):
-    """What one multiprocessor has, and the rates of the chip that people have, from NVIDIA's data sheets."""
-
-    name: str
-    shared: int  # bytes one program may have
-    shared_sm: int
-    warps: int
-    programs: int
-    tb_s: float
-    tflops: float  # dense bf16
-
-
-CHIPS = {
-    80: Chip("A100", 166912, 167936, 64, 32, 2.04, 312),
-    86: Chip("RTX 3090", 101376, 102400, 48, 16, 0.94, 71),
-    90: Chip("H100", 232448, 233472, 64, 32, 3.35, 989),
-    100: Chip("B200", 232448, 233472, 64, 32, 8.0, 2250),
-    120: Chip("RTX 5090", 101376, 102400, 48, 24, 1.79, 210),
-}
 ARCHITECTURES = tuple(f"sm{number}" for number in CHIPS)
 
 
@@ -133,7 +111,7 @@ def collect(cases: Iterable[Case], target: Target) -> dict[str, Job]:
                 jobs[key] = Job(case, target, launch, source, options)
             else:
                 jobs[key].launches += 1
-                if _bytes(launch) > _bytes(jobs[key].launch):
+                if bytes_of(launch) > bytes_of(jobs[key].launch):
                     jobs[key].case, jobs[key].launch = case, launch
     return jobs
 
@@ -158,40 +136,6 @@ def _specialised(launch: _launch.Launch, target: Target) -> tuple[str, Any, dict
     return key, source, options
 
 
-def _tensors(launch: _launch.Launch) -> list[Tensor]:
-    tensors = [getattr(a, "base", a) for a in (*launch.args, *launch.kwargs.values())]  # a tensor descriptor's base
-    return [t for t in tensors if isinstance(t, Tensor)]
-
-
-def _bytes(launch: _launch.Launch) -> int:
-    """What the launch moves if it reads or writes each tensor argument once; one updated in place is given twice."""
-    return sum(min(t.numel() * t.itemsize, t.untyped_storage().nbytes()) for t in _tensors(launch))
-
-
-@dataclasses.dataclass
-class Row:
-    """One compiled kernel. Sizes in bytes; -1 where the target doesn't say."""
-
-    op: str
-    case: str
-    kernel: str
-    arch: str
-    config: str
-    launches: int
-    registers: int = -1
-    spilled: int = -1
-    shared: int = -1
-    shared_limit: int = -1
-    tensor_core: str = ""
-    widest_load: int = -1
-    wide_share: float = -1.0
-    occupancy: float = -1.0
-    floor: str = ""
-    seconds: float = 0.0
-    error: str = ""
-    problems: list[str] = dataclasses.field(default_factory=list)
-
-
 def compile_job(job: Job, kinds: Mapping[str, Kind] = KINDS) -> list[Row]:
     """Compile and judge, for the twin too; a compiler's error is a problem like any other."""
     row, compiled = _compile(job, kinds)
@@ -205,7 +149,7 @@ def compile_job(job: Job, kinds: Mapping[str, Kind] = KINDS) -> list[Row]:
     started = time.perf_counter()
     ptx = compiled.asm["ptx"].replace(".target sm_80", ".target sm_86")
     twin = dataclasses.replace(row, arch=job.twin.target.name, launches=job.twin.launches)
-    _read_nvidia(twin, stages["cubin"](ptx, {}), ptx, compiled.metadata.num_warps, CHIPS[job.twin.target.number])
+    read_nvidia(twin, stages["cubin"](ptx, {}), ptx, compiled.metadata.num_warps, CHIPS[job.twin.target.number])
     twin.seconds = time.perf_counter() - started
     _hold(twin, job.twin, kinds)
     return [row, twin]
@@ -230,9 +174,9 @@ def _compile(job: Job, kinds: Mapping[str, Kind]) -> tuple[Row, Any]:
         row.shared = compiled.metadata.shared
         if job.target.gpu.backend == "cuda":
             asm = compiled.asm
-            _read_nvidia(row, asm["cubin"], asm["ptx"], compiled.metadata.num_warps, CHIPS[job.target.number])
+            read_nvidia(row, asm["cubin"], asm["ptx"], compiled.metadata.num_warps, CHIPS[job.target.number])
         else:
-            _read_amd(row, compiled.asm["amdgcn"])
+            read_amd(row, compiled.asm["amdgcn"])
     row.seconds = time.perf_counter() - started
     if job.target.gpu.backend == "cuda":
         _hold(row, job, kinds)
@@ -240,83 +184,8 @@ def _compile(job: Job, kinds: Mapping[str, Kind]) -> tuple[Row, Any]:
 
 
 def _hold(row: Row, job: Job, kinds: Mapping[str, Kind]) -> None:
-    row.floor = _floor(job, kinds, CHIPS[job.target.number])
-    row.problems = judge(row, job, kinds)
-
-
-def _read_nvidia(row: Row, cubin: bytes, ptx: str, warps: int, chip: Chip) -> None:
-    row.registers, row.spilled = _resources(cubin)
-    row.shared_limit = chip.shared
-    for instruction in ("tcgen05.mma", "wgmma", "mma.sync"):
-        if instruction in ptx:
-            row.tensor_core = instruction
-            break
-    words = re.findall(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.[bsuf](\d+)\b", ptx)
-    # narrower data come in words of at most 32 bits: 64 are an index, repeated in every thread that needs it
-    loads = [int(vector or 1) * int(bits) // 8 for vector, bits in words if bits != "64"]
-    loads += [int(size, 0) for size in re.findall(r"\bcp\.async\.c[ag]\.[^;]*?, (0x\w+|\d+)", ptx)]
-    loads += [TMA] * len(re.findall(r"\bcp\.async\.bulk\.tensor\.\S*shared\S*global", ptx))
-    row.widest_load = max(loads, default=0)
-    row.wide_share = sum(size for size in loads if size >= 16) / max(sum(loads), 1)
-    registers = math.ceil(row.registers / 8) * 8 * 32 * warps
-    programs = min(
-        chip.programs, chip.warps // warps, 65536 // max(registers, 1), chip.shared_sm // (row.shared + 1024)
-    )  # fmt: skip
-    row.occupancy = programs * warps / chip.warps
-
-
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of its stack: kernels without local arrays have one only to spill to."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
-    return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
-
-
-def _read_amd(row: Row, assembly: str) -> None:
-    found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", assembly))
-    row.registers, row.spilled = int(found.get("vgpr_count", -1)), int(found.get("private_segment_fixed_size", -1))
-    row.shared_limit = 65536
-    row.tensor_core = "mfma" if "v_mfma" in assembly else ""
-
-
-def _floor(job: Job, kinds: Mapping[str, Kind], chip: Chip) -> str:
-    moved = _bytes(job.launch)
-    memory = moved / chip.tb_s / 1e6
-    kind = kinds.get(job.launch.kernel.__name__, STREAM)
-    if kind.flops is None:
-        return f"memory {moved / 1e6:.4g} MB {memory:.3g} us"
-    flops = kind.flops(job.arguments())
-    tensor = flops / chip.tflops / 1e6
-    return (
-        f"tensor {flops / 1e9:.4g} GFLOP {tensor:.3g} us"
-        if tensor > memory
-        else f"memory {moved / 1e6:.4g} MB {memory:.3g} us"
-    )
-
-
-def judge(row: Row, job: Job, kinds: Mapping[str, Kind]) -> list[str]:
-    """What of the rules the compiled kernel breaks."""
-    if row.error:
-        return [f"doesn't compile: {row.error}"]
-    problems = []
-    if row.spilled > 0:
-        problems.append(f"spills {row.spilled} bytes a thread")
-    if row.shared > row.shared_limit:
-        problems.append(f"takes {row.shared} bytes of shared memory of {row.shared_limit}")
-    kind = kinds.get(row.kernel)
-    if kind is None:
-        problems.append("is not in KINDS, which says what it is held to")
-        return problems
-    tensors, low = _tensors(job.launch), (torch.float16, torch.bfloat16)
-    if kind.flops is not None and not row.tensor_core and any(t.dtype in low for t in tensors):
-        problems.append("multiplies 16-bit matrices without tensor cores")
-    if kind.flops is None and row.wide_share < 0.5 and max(tensors, key=Tensor.numel).dtype in low:
-        problems.append(f"loads {row.wide_share:.0%} of its bytes by 16-byte loads, the widest being {row.widest_load}")
-    return problems
+    row.floor = floor_of(job.launch, job.arguments(), kinds, CHIPS[job.target.number])
+    row.problems = judge(row, job.launch, job.arguments(), job.target.number, kinds)
 
 
 _jobs: list[Job] = []

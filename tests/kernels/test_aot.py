@@ -85,8 +85,9 @@ def test_refuses_what_it_does_not_know(arguments, capsys):
 BAD_KERNELS = """
 import sys
 import torch, triton, triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from fastgpt_kernels import _aot_cases, aot
-from fastgpt_kernels._launch import launch
+from fastgpt_kernels._launch import arch, launch
 
 
 @triton.jit
@@ -120,6 +121,34 @@ def product_by_hand(a_ptr, b_ptr, c_ptr, M: tl.constexpr, N: tl.constexpr, K: tl
 
 
 @triton.jit
+def dependent(w_ptr, x_ptr, y_ptr, EARLY: tl.constexpr, WAITS: tl.constexpr, RELEASES: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    if EARLY:
+        w = tl.load(w_ptr + at)
+    if WAITS:
+        gdc_wait()
+    if RELEASES:
+        gdc_launch_dependents()
+    if not EARLY:
+        w = tl.load(w_ptr + at)
+    tl.store(y_ptr + at, w * tl.load(x_ptr + at))
+
+
+@triton.jit
+def without_weights(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    gdc_wait()
+    gdc_launch_dependents()
+    tl.store(y_ptr + at, tl.load(x_ptr + at))
+
+
+@triton.jit
+def crowded(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + offsets, tl.load(x_ptr + offsets) + 1)
+
+
+@triton.jit
 def wrong(x_ptr):
     tl.store(x_ptr, undefined)
 
@@ -131,6 +160,21 @@ def stranger(x_ptr):
 
 def cases(scope):
     x, y, a, b, c = (_aot_cases.meta(*s, dtype=torch.float16) for s in [(4096,), (4096,), (128, 4096), (4096, 256), (128, 256)])
+    def only(hopper, label, kernel, grid, *args, **constants):
+        def build():
+            if (arch(x.device) == 90) == hopper:
+                launch(kernel, (grid,), *args, **constants)
+
+        return _aot_cases.Case("bad", label, build)
+
+    for label, early, waits, releases in (
+        ("in time", 1, 1, 1), ("late", 0, 1, 1), ("no wait", 1, 0, 1), ("no release", 1, 1, 0)
+    ):
+        how = {"EARLY": early, "WAITS": waits, "RELEASES": releases, "BLOCK": 1024}
+        yield only(True, label, dependent, 1, x, y, x, launch_pdl=True, **how)
+    yield only(True, "exempt", without_weights, 1, x, y, BLOCK=1024, launch_pdl=True)
+    yield only(False, "crowded", crowded, 500, x, y, BLOCK=8192, num_warps=32)
+    yield only(False, "few", crowded, 200, x, y, BLOCK=16384, num_warps=32)
     for label, kernel, args, constants in (
         ("good", good, (x, y, 4096), {"BLOCK": 1024}),
         ("narrow", narrow_loads, (x, y, 4096), {"BLOCK": 1024}),
@@ -140,12 +184,15 @@ def cases(scope):
         ("wrong", wrong, (x,), {}),
         ("stranger", stranger, (x,), {}),
     ):
-        yield _aot_cases.Case("bad", label, lambda k=kernel, a=args, c=constants: launch(k, (1,), *a, **c))
+        yield only(False, label, kernel, 1, *args, **constants)
 
 
 stream, product_kind = _aot_cases.STREAM, _aot_cases.Kind(lambda arguments: 1e9)
-kinds = {"good": stream, "narrow_loads": stream, "product": product_kind, "product_by_hand": product_kind, "wrong": stream}
-sys.exit(aot.main(["--arch", "sm80", "sm86", "--json", "report.json"], {("bad",): cases}, kinds))
+kinds = {
+    "dependent": stream, "without_weights": _aot_cases.Kind(weights=False), "crowded": _aot_cases.Kind(programs=lambda a: 3),
+    "good": stream, "narrow_loads": stream, "product": product_kind, "product_by_hand": product_kind, "wrong": stream,
+}
+sys.exit(aot.main(["--arch", "sm80", "sm86", "sm90", "--json", "report.json"], {("bad",): cases}, kinds))
 """
 
 
@@ -169,6 +216,14 @@ def bad(tmp_path_factory):
         ("by hand", "sm80", "without tensor cores"),
         ("wrong", "sm86", "doesn't compile"),
         ("stranger", "sm86", "not in KINDS"),
+        ("crowded", "sm80", "fits a multiprocessor 2 times, and 3 are planned"),
+        ("crowded", "sm86", "fits a multiprocessor 1 times, and 3 are planned"),
+        ("few", "sm80", None),
+        ("in time", "sm90", None),
+        ("late", "sm90", "requests no weights before griddepcontrol.wait; the widest load there is 0 bytes"),
+        ("no wait", "sm90", "no griddepcontrol.wait"),
+        ("no release", "sm90", "no griddepcontrol.launch_dependents"),
+        ("exempt", "sm90", None),
     ],
 )
 def test_the_gate_has_teeth(bad, case, arch, problem):
