@@ -7,6 +7,8 @@ flatters them: their cost grows.
 
 `prefill` is the same with one new token: the time to the first. A row of `generate` less the row of `prefill` with the same
 prompt, over the tokens between, is the time of a token.
+
+Besides greedy generation there is sampling at SAMPLED, from the same seed in each call: another call must give the same tokens.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from benchmarks.nanogpt import from_fastgpt
 from benchmarks.op import interpreting
 from fastgpt import GPTConfig, GPTModel, decoder
 from fastgpt.info import forward_flops_per_token, kv_cache_bytes
+from fastgpt.quantization import quantize
 
 Generate = Callable[[Tensor, int], Tensor]
 
@@ -41,7 +44,7 @@ Generate = Callable[[Tensor, int], Tensor]
 SIZES = {
     "gpu": [
         *(("gpt2", 1, prompt, 24) for prompt in (1000, 256, 16)),
-        *(("gpt2", batch, 256, 24) for batch in (8, 32, 128)),
+        *(("gpt2", batch, 256, 24) for batch in (8, 32, 128, 512)),
         *((name, 1, 256, 24) for name in ("gpt2-medium", "gpt2-large", "gpt2-xl")),
         *((name, 1, prompt, 24) for name in ("gpt2-medium", "gpt2-large", "gpt2-xl") for prompt in (16, 1000)),
         *((name, batch, 256, 24) for name in ("gpt2-medium", "gpt2-xl") for batch in (8, 32)),
@@ -53,8 +56,17 @@ PREFILL_SIZES = {
     **SIZES,
     "cpu": [("gpt2", 1, prompt, 1) for prompt in (64, 256)],
 }
-UNCACHED = ("fastgpt, no cache", "reference, no cache", "llms_from_scratch", "nanoGPT")
+UNCACHED = ("fastgpt, no cache", "llms_from_scratch", "nanoGPT")
 UNCACHED_TOKENS = 8
+SAMPLED = {"temperature": 0.8, "top_k": 50}
+DRAWN = ("fastgpt, fused sampler", "fastgpt, torch sampler")
+
+# Providers that would hold up a stage for minutes, or have nothing to show there: the most rows that they get, and why.
+MOST_ROWS = {
+    **dict.fromkeys(UNCACHED, (8, "it computes every position again for each token: minutes at that many rows")),
+    "fastgpt, int8": (8, "int8 weights are read as such for up to 8 rows"),
+    "fastgpt, prompt lookup": (32, "guesses pay while weights, not products, are what a forward waits for"),
+}
 
 
 def weight_bytes(config: GPTConfig, itemsize: int) -> float:
@@ -83,11 +95,37 @@ def cases(benchmark: str, scale: str) -> Iterator[Case]:
 
 
 def prepare(name: str, case: Case) -> Candidate:
+    most, why = MOST_ROWS.get(name, (case.size["batch"], ""))
+    if case.size["batch"] > most:
+        raise Absent(why)
     model = spread_model(case.size["model"], case.torch_dtype)
-    return candidate(GENERATORS[name](model, case), model, case, slow=name in UNCACHED)
+    if name == "fastgpt, int8":
+        if device().type != "cuda" and not interpreting():
+            raise Absent("a CPU makes weights of the integers in each forward: that saves memory, and no time")
+        model = quantize(model)  # the one whose tokens they must be
+    generate = GENERATORS[name](model, case)
+    return candidate(generate, model, case, name in UNCACHED, check_drawn(generate) if name in DRAWN else check_greedy)
 
 
-def candidate(generate: Generate, model: GPTModel, case: Case, slow: bool = False) -> Candidate:
+def check_drawn(generate: Generate) -> Callable[..., None]:
+    """That another call with the same seed gives the same ids, the prompt first."""
+
+    def check(model: GPTModel, prompt: Tensor, out: Tensor, new_tokens: int, case: Case) -> None:
+        if not torch.equal(out[:, : prompt.shape[1]], prompt):
+            raise Wrong("the prompt didn't come back")
+        if not torch.equal(generate(prompt, new_tokens), out):
+            raise Wrong("the same seed gave other tokens")
+
+    return check
+
+
+def candidate(
+    generate: Generate,
+    model: GPTModel,
+    case: Case,
+    slow: bool = False,
+    check_tokens: Callable[..., None] = check_greedy,
+) -> Candidate:
     """One call of `generate` a sample, with a new prompt each time."""
     batch, prompt, new = (case.size[name] for name in ("batch", "prompt", "new"))
     new = min(new, UNCACHED_TOKENS) if slow else new
@@ -105,7 +143,7 @@ def candidate(generate: Generate, model: GPTModel, case: Case, slow: bool = Fals
         counted = {ids.shape[1] - prompt for _, ids in seen}
         if counted != {new}:
             raise Wrong(f"{sorted(counted)} new tokens came back, {new} were asked for")
-        check_greedy(model, *seen[-1], new, case)
+        check_tokens(model, *seen[-1], new, case)
         seen[:] = seen[-1:]
 
     return Candidate(run, check, notes=notes)
@@ -130,6 +168,22 @@ def other_design(name: str) -> Callable[[GPTModel, Case], Generate]:
         def generate(idx: Tensor, n: int) -> Tensor:
             with mock.patch.object(decoder, "DESIGN", name):
                 return on_kernels(copied.generate)(idx, n)
+
+        return generate
+
+    return make
+
+
+def drawing(sampler: str) -> Callable[[GPTModel, Case], Generate]:
+    def make(model: GPTModel, case: Case) -> Generate:
+        if sampler == "fused" and device().type != "cuda" and not interpreting():
+            raise Absent("the fused sampler is a GPU's")
+        # In a dry run torch's draws behind plain PyTorch: the kernels before them are interpreted for the fused ones already.
+        run = on_reference if sampler == "torch" and interpreting() else on_kernels
+
+        def generate(idx: Tensor, n: int) -> Tensor:
+            seeded = torch.Generator(device=device()).manual_seed(7)
+            return run(model.generate)(idx, n, sampler=sampler, generator=seeded, **SAMPLED)
 
         return generate
 
@@ -206,6 +260,9 @@ GENERATORS: dict[str, Callable[[GPTModel, Case], Generate]] = {
     OURS: lambda model, case: on_kernels(model.generate),
     "fastgpt, no cache": lambda model, case: on_kernels(functools.partial(model.generate, use_cache=False)),
     **{f"fastgpt, design {name}": other_design(name) for name in decoder.DESIGNS},
+    "fastgpt, int8": lambda model, case: on_kernels(model.generate),
+    "fastgpt, prompt lookup": lambda model, case: on_kernels(functools.partial(model.generate, lookup=8)),
+    **{name: drawing(name.removeprefix("fastgpt, ").removesuffix(" sampler")) for name in DRAWN},
     "reference": reference_cached,
     "transformers": transformers_eager,
     "transformers, static cache, compiled": transformers_static,
@@ -215,7 +272,9 @@ GENERATORS: dict[str, Callable[[GPTModel, Case], Generate]] = {
     "nanoGPT": nano,
 }
 PROVIDERS = {name: functools.partial(prepare, name) for name in GENERATORS}
+# What begins with the second token, or isn't part of the first one's time, is left out of `prefill`.
+FIRST_TOKEN = {name: make for name, make in PROVIDERS.items() if name not in (*DRAWN, "fastgpt, prompt lookup")}
 BENCHMARKS = (
     Benchmark("generate", "decode", lambda scale: list(cases("generate", scale)), PROVIDERS),
-    Benchmark("prefill", "decode", lambda scale: list(cases("prefill", scale)), PROVIDERS),
+    Benchmark("prefill", "decode", lambda scale: list(cases("prefill", scale)), FIRST_TOKEN),
 )
