@@ -167,7 +167,9 @@ def _unpickled(file: Path) -> dict[Any, Any]:
                 packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
             if packed:
                 raise CheckpointError(f"{file} is not torch.save's: {packed[0]!r} in it is compressed")
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+        # Sparse tensors are refused later, but until then nobody may believe a file's indices.
+        with torch.sparse.check_sparse_tensor_invariants():
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except CheckpointError:
         raise
     except Exception as error:  # a bad pickle raises whatever its opcodes lead to
