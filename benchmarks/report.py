@@ -49,6 +49,7 @@ COLUMNS = (
     "fastgpt_is_p80",
     "token_us",
     "mfu",
+    "largest_batch",
     "peak_MB",
     "error",
     "reason",
@@ -196,6 +197,8 @@ def cells(row: Row) -> list[str]:
         more = f"{100 * row['mfu']:.1f}% MFU"
     elif "token_us" in row:
         more = f"{number(row['token_us'])} us a later token"
+    if "largest_batch" in row:
+        more = ", ".join(filter(None, (f"batch {row['largest_batch']}", more, f"{row['peak_MB']:,.0f} MB")))
     asked = row["size"].get("new")
     fewer = "" if row.get("new_tokens", asked) == asked else f" ({row['new_tokens']} tokens)"
     return [

@@ -25,14 +25,9 @@ from fastgpt import GPTConfig, GPTModel
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-# (model, batch, context)
+# (model, batch, context); larger models are in benchmarks/memory.py, at the largest batch that fits
 SIZES = {
-    "gpu": [
-        *(("gpt2", batch, 1024) for batch in (32, 16, 64, 8)),
-        ("gpt2-medium", 16, 1024),
-        ("gpt2-large", 8, 1024),
-        ("gpt2-xl", 4, 1024),
-    ],
+    "gpu": [("gpt2", batch, 1024) for batch in (32, 16, 64, 8)],
     "cpu": [("gpt2", 1, 128)],
     "dry": [("dry", 1, 8)],
 }
@@ -40,8 +35,6 @@ SIZES = {
 PROOF_STEPS = 3
 LEARNING_RATE = 3e-4
 MICRO_BATCH = 8
-# Parameters, gradients and moments; from here on two providers' don't fit into 80 GB with their activations.
-ALONE_BYTES = 10e9
 PADDED_VOCABULARY = 64  # on a GPU, for every provider that can pad: products of 50,257 columns miss the fast paths
 
 # Dense bf16 TFLOP/s of the data sheets, by what the device's name contains.
@@ -59,15 +52,19 @@ def peak_tflops(device_name: str) -> float | None:
 
 
 def cases(scale: str) -> Iterator[Case]:
-    dtype = "bfloat16" if scale == "gpu" else "float32"
     for name, batch, context in SIZES[scale]:
-        shape = config(name)
-        # The floor's bytes: AdamW reads four and writes three tensors of fp32 parameters; activations are the model's affair.
-        state = 4.0 * shape.num_parameters
-        work = Work(batch * context * flops_per_token(shape, context), 4 * state, 3 * state)
         size = {"model": name, "batch": batch, "context": context}
-        alone = 4 * state > ALONE_BYTES
-        yield Case("train_step", size, "", dtype, work, batch * context, "tokens", alone=alone)
+        yield Case("train_step", size, "", dtype_at(scale), work(name, batch, context), batch * context, "tokens")
+
+
+def dtype_at(scale: str) -> str:
+    return "bfloat16" if scale == "gpu" else "float32"
+
+
+def work(name: str, batch: int, context: int) -> Work:
+    """The floor's bytes: AdamW reads four and writes three tensors of fp32 parameters; activations are the model's affair."""
+    state = 4.0 * config(name).num_parameters
+    return Work(batch * context * flops_per_token(config(name), context), 4 * state, 3 * state)
 
 
 def fresh(case: Case) -> GPTModel:
