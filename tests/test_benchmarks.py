@@ -785,7 +785,7 @@ def test_the_largest_batch_is_the_first_that_fits():
     assert (found["largest_batch"], found["units"], tried[:3]) == (1, 8, [2, 1, 1])
     at = dataclasses.replace(case, size={**case.size, "batch": 1})
     assert found["losses"][0] == train_step.reference_losses(at)[0]
-    assert found["losses"][1] < train_step.reference_losses(at)[2]  # two steps are not timed
+    assert found["losses"][1] == pytest.approx(train_step.reference_losses(at)[2], rel=1e-6)  # the second isn't timed
     assert found["flops"] == 8 * train_step.flops_per_token(model.config, 8)
 
     def no_room(idx, targets):
