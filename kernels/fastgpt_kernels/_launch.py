@@ -13,11 +13,14 @@ stays outside, in each file's `torch.autograd.Function`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy
 import torch
+import triton
 from torch import Tensor
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -62,6 +65,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
     if _recording is not None:
         _recording.append(Launch(kernel, grid, args, kwargs))
         return
+    if INTERPRETING:
+        _check_interpreter()
     tensor = next(
         t for t in (getattr(a, "base", a) for a in args) if isinstance(t, Tensor)
     )  # a tensor descriptor's base
@@ -70,6 +75,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
             kernel[grid](*args, **kwargs)
     else:
         kernel[grid](*args, **kwargs)
+
+
+@functools.cache
+def _check_interpreter() -> None:
+    """RuntimeError where every loop would fail with a TypeError: https://github.com/triton-lang/triton/issues/9171"""
+    versions = [tuple(map(int, package.__version__.split(".")[:2])) for package in (triton, numpy)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        raise RuntimeError(
+            f"the interpreter of Triton {triton.__version__} doesn't run with numpy {numpy.__version__}: "
+            "install numpy<2.4, or Triton 3.7 or later"
+        )
 
 
 def arch(device: torch.device) -> int:
