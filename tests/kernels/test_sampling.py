@@ -54,7 +54,7 @@ def test_filters_over_several_chunks(name, device, monkeypatch):
 
 @pytest.mark.parametrize("p", [0.0, 1e-6, 0.3, 0.999, 0.9999999])
 def test_top_p_near_its_ends(p, device):
-    compare_filters(module, 3 * torch.randn(1, 37, device=device), top_p=p)
+    compare_filters(module, (3 * torch.randn(1, 37)).to(device), top_p=p)  # the same draw everywhere, clear of any sum
 
 
 @pytest.mark.parametrize("k", [1, 2, 36])
@@ -468,7 +468,12 @@ def test_repeats_are_bit_equal(options, dtype, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FILTERS)
 def test_filters_at_gpt2s_vocabulary(name, device):
-    compare_filters(module, 3 * torch.randn(8, 50257, device=device), **FILTERS[name])
+    logits = 3 * torch.randn(64, 50257, device=device)
+    if name == "top-p":  # rows in which the rounding of an fp32 sum can't decide over a token
+        sums = logits.double().sort(-1).values.softmax(-1).cumsum(-1)
+        logits = logits[(sums - 0.1).abs().amin(-1) > 2e-6]
+    assert len(logits) >= 8
+    compare_filters(module, logits[:8], **FILTERS[name])
 
 
 @pytest.mark.gpu
