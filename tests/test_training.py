@@ -1018,6 +1018,22 @@ def test_bad_toml_is_named(tmp_path, text, message):
     assert "s.toml" in str(caught.value)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "pure-bfloat16"])
+def test_a_captured_step_trains_as_an_eager_one(dtype, tmp_path, device):
+    """Dropout's draws, the schedule's rate and micro-batches included."""
+    runs = []
+    for captured in (False, True):
+        model = new_model(tiny_config(drop_rate=0.2), 0, device)
+        runs.append(trainer(tmp_path / str(captured), model, cuda_graph=captured, accumulate=2, dtype=dtype))
+        assert runs[-1].run() is None
+    eager, graphed = map(losses, runs)
+    assert len(eager) > 2 * WARMUP_STEPS
+    assert [entry[:2] for entry in eager] == [entry[:2] for entry in graphed]
+    tolerance = 1e-4 if dtype == "float32" else 1e-2
+    assert [loss for *_, loss in graphed] == pytest.approx([loss for *_, loss in eager], rel=tolerance)
+
+
 def test_settings_that_contradict_each_other():
     with pytest.raises(ValueError, match="cuda_graph can't be combined with recompute"):
         TrainSettings(cuda_graph=True, recompute=True)
@@ -1187,6 +1203,39 @@ def test_the_trainer_runs_the_kernels(tmp_path):
         runs.append([loss for *_, loss in losses(run)])
     assert runs[1] == pytest.approx(runs[0], rel=1e-4)
     assert runs[1] != runs[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "pure-bfloat16"])
+def test_a_step_in_a_cuda_graph_is_the_step(tmp_path, dtype):
+    """Warm-up, capture and replays, dropout's masks and the learning rate's schedule included; then on from a checkpoint."""
+    options = {"dtype": dtype, "log_every": 4, "tf32": False}
+    runs = []
+    for graph in (False, True):
+        run = trainer(tmp_path / str(graph), tiny_model(drop_rate=0.2).cuda(), cuda_graph=graph, **options)
+        assert run.run() is None
+        runs.append([loss for *_, loss in losses(run)])
+    rel = 1e-4 if dtype == "float32" else 2e-2
+    assert runs[1] == pytest.approx(runs[0], rel=rel)
+    resumed = trainer(tmp_path / "True", tiny_model(1, drop_rate=0.2).cuda(), cuda_graph=True, max_steps=20, **options)
+    resumed.resume()
+    resumed.run()
+    longer = trainer(tmp_path / "False", tiny_model(1, drop_rate=0.2).cuda(), max_steps=20, **options)
+    longer.resume()
+    longer.run()
+    expected = [loss for *_, loss in losses(longer)]
+    assert [loss for *_, loss in losses(resumed)] == pytest.approx(expected, rel=rel)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}, {"dtype": "pure-bfloat16", "accumulate": 3}], ids=str)
+def test_training_on_a_gpu_follows_the_reference_on_a_cpu(tmp_path, changes):
+    expected = trainer(tmp_path / "cpu", tiny_model())
+    run = trainer(tmp_path / "gpu", tiny_model().cuda(), tf32=False, recompute=True, **changes)
+    for each in (expected, run):
+        each.run()
+    rel = 2e-2 if changes else 1e-4
+    assert [loss for *_, loss in losses(run)] == pytest.approx([loss for *_, loss in losses(expected)], rel=rel)
 
 
 # The command.
