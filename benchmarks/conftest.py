@@ -12,6 +12,9 @@ from benchmarks import floors, harness
 from benchmarks.record import Store, machine_name, run_record
 from benchmarks.suite import selected
 
+# With what is running at that moment, and the report, a run on two cores is over within ten.
+CPU_MINUTES = 9.0
+
 
 def pytest_addoption(parser, pluginmanager):
     group = parser.getgroup("fastgpt benchmarks")
@@ -19,7 +22,9 @@ def pytest_addoption(parser, pluginmanager):
     group.addoption("--out", type=Path, help="folder of the records; out/bench/<machine> by default")
     group.addoption("--quick", action="store_true", help="the first size of each benchmark, and no growth")
     group.addoption("--again", action="store_true", help="measure what is recorded already, too")
-    group.addoption("--minutes", type=float, metavar="M", help="start nothing more after so many minutes")
+    group.addoption(
+        "--minutes", type=float, metavar="M", help="start nothing more after so many minutes; 9 on a CPU, else no end"
+    )
     group.addoption("--dry-run", action="store_true", help="every code path at tiny sizes, in Triton's interpreter")
     group.addoption("--keep-failures", action="store_true", help="don't try again what failed or was wrong")
     group.addoption("--no-report", action="store_true", help="write records alone")
@@ -51,6 +56,8 @@ class Session:
         self.again, self.dry_run = config.getoption("--again"), config.getoption("--dry-run")
         self.scale = harness.scale_of(self.dry_run)
         self._minutes, self._started = config.getoption("--minutes"), time.monotonic()
+        if self._minutes is None and self.scale == "cpu":
+            self._minutes = CPU_MINUTES
         timestamp = datetime.now().astimezone().isoformat(timespec="seconds")
         command = " ".join(["pytest", *map(str, config.invocation_params.args)])
         self.run = run_record(command, timestamp, note=config.getoption("--note"))

@@ -47,7 +47,7 @@ Function = Callable[..., Any]
 # L2, for which writes are many; a CPU's L3, of which this process may not even have all, a third more.
 CACHES = {"cuda": 4.0, "cpu": 1.34}
 MAX_BUFFERS = {"cuda": 256, "cpu": 64}
-# FLOPs a byte from which a CPU's cores are what limits it: there 16 MB are enough.
+# FLOPs a byte from which a CPU's cores are what limits it: there 16 MB are enough, and where only growth is looked at.
 COMPUTE_BOUND = 10.0
 SMALL_BYTES = 16e6
 
@@ -155,8 +155,8 @@ class Problem:
         self._new = lambda: op.inputs(case.size, draw)
         first = self._new()
         moved = case.work.read + case.work.written
-        in_cores = device().type == "cpu" and case.work.flops > COMPUTE_BOUND * moved
-        count = math.ceil((SMALL_BYTES if in_cores else rotated_bytes()) / max(moved, 1.0))
+        small = device().type == "cpu" and (case.grows is not None or case.work.flops > COMPUTE_BOUND * moved)
+        count = math.ceil((SMALL_BYTES if small else rotated_bytes()) / max(moved, 1.0))
         most = 2 if interpreting() else MAX_BUFFERS[device().type]
         self.inputs = [first, *(self._new() for _ in range(max(1, min(count, most)) - 1))]
         self.incoming: list[tuple[Tensor, ...]] = []
