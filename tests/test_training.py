@@ -999,6 +999,22 @@ def test_settings_survive_toml(tmp_path):
     assert RunSettings(**read_toml(tmp_path / "s.toml", RunSettings)) == settings
 
 
+def test_the_settings_file_of_gpt2_is_nanogpts():
+    """Against what its config/train_gpt2.py and train.py say."""
+    settings = RunSettings(**read_toml(ROOT / "examples" / "gpt2.toml", RunSettings))
+    size = (settings.context, settings.width, settings.heads, settings.layers, settings.dropout)
+    config = GPTConfig(50257, *size, qkv_bias=True, tie_weights=True)
+    assert config.num_parameters == PRESETS["gpt2"].num_parameters == 124_439_808
+    assert settings.batch_size * settings.context == 12 * 1024 * 5 * 8
+    assert all(settings.batch_size % (processes * settings.accumulate) == 0 for processes in (1, 2, 4, 8))
+    assert (settings.beta1, settings.beta2, settings.weight_decay, settings.grad_clip) == (0.9, 0.95, 1e-1, 1.0)
+    for step in (0, 1000, 2000, 300_000, 600_000):
+        ratio = (step - 2000) / (600_000 - 2000)
+        cosine = 6e-5 + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (6e-4 - 6e-5)
+        expected = 6e-4 * (step + 1) / 2001 if step < 2000 else cosine
+        assert settings.lr_at(step) == pytest.approx(expected, rel=6e-4)  # its warmup is one step longer
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -1194,13 +1210,14 @@ def test_adapters_train_alone_and_are_merged_where_the_model_is_saved(tmp_path):
     assert torch.equal(resumed.model.eval()(idx), run.model(idx))
 
 
-def test_the_trainer_runs_the_kernels(tmp_path):
+def test_the_trainer_runs_the_kernels(tmp_path, device):
     """The Triton path, in the interpreter where there is no GPU: the same losses as the reference path's."""
     pytest.importorskip("triton", reason="needs triton")
     runs = []
     for backend in ("reference", "triton"):
         with use_backend(backend):
-            run = trainer(tmp_path / backend, tiny_model(n_layers=1), max_steps=3, validation_batches=1)
+            model = tiny_model(n_layers=1).to(device)
+            run = trainer(tmp_path / backend, model, max_steps=3, validation_batches=1, tf32=False)
             run.run()
         runs.append([loss for *_, loss in losses(run)])
     assert runs[1] == pytest.approx(runs[0], rel=1e-4)

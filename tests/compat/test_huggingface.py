@@ -306,10 +306,11 @@ def test_bfloat16_and_autocast():
     assert (b - truth).abs().max() <= 2 * (a - truth).abs().max()
 
 
-def test_on_the_kernels():
+def test_on_the_kernels(device):
     """In Triton's interpreter where there is no GPU: Conv1D's weights go in as transposed views."""
-    theirs, ours = pair()
-    short, padded, mask = ids(2, 5), ids(2, 5, 3), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    theirs, ours = (model.to(device) for model in pair())
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    short, padded, mask = (t.to(device) for t in (ids(2, 5), ids(2, 5, 3), mask))
     expected = step(theirs, input_ids=short, labels=short)
     with use_backend("triton"):
         got = step(ours, input_ids=short, labels=short)

@@ -621,9 +621,9 @@ def test_copies_are_whole_and_their_own(copied):
     assert (twin.config.activation, ours.config.activation) == ("gelu_tanh", "gelu")
 
 
-def test_training_runs_through_the_kernels():
-    theirs, ours = twins()
-    idx, targets = tokens(1, 7), tokens(1, 7, seed=1)
+def test_training_runs_through_the_kernels(device):
+    theirs, ours = (model.to(device) for model in twins())
+    idx, targets = (t.to(device) for t in (tokens(1, 7), tokens(1, 7, seed=1)))
     with use_backend("triton"):
         logits, loss = ours(idx, targets)
         loss.backward()
