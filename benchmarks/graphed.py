@@ -6,13 +6,45 @@ runs uncaptured.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import GPTModel
+
+
+def logits(
+    idx: Tensor,
+    positions: Tensor,
+    visible: Tensor,
+    tables: tuple[Tensor, Tensor],
+    blocks: Sequence[tuple[Tensor, ...]],
+    final: tuple[Tensor, Tensor],
+    head: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    eps: float,
+) -> Tensor:
+    """[B, V] behind idx [B, T] at `positions` [T], whose keys and values join the cache [L, B, H, S, D].
+
+    blocks: of each norm, QKV packed, projection, norm, up, down, weight and bias. visible: mask of the cache, [1, 1, T or 1, S].
+    """
+    (B, T), (_, _, H, _, D) = idx.shape, keys.shape
+    x = F.embedding(idx, tables[0]) + F.embedding(positions, tables[1])
+    for layer, (norm1, shift1, qkv, qkv_bias, out, out_bias, norm2, shift2, up, up_bias, down, down_bias) in enumerate(
+        blocks
+    ):
+        y = F.layer_norm(x, (H * D,), norm1, shift1, eps)
+        q, k, v = F.linear(y, qkv, qkv_bias).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)
+        keys[layer].index_copy_(2, positions, k)
+        values[layer].index_copy_(2, positions, v)
+        y = F.scaled_dot_product_attention(q, keys[layer], values[layer], attn_mask=visible)
+        x = x + F.linear(y.transpose(1, 2).reshape(B, T, H * D), out, out_bias)
+        y = F.layer_norm(x, (H * D,), norm2, shift2, eps)
+        x = x + F.linear(F.gelu(F.linear(y, up, up_bias), approximate="tanh"), down, down_bias)
+    return F.linear(F.layer_norm(x[:, -1], (H * D,), *final, eps), head)
 
 
 class GraphedLoop:
@@ -33,29 +65,18 @@ class GraphedLoop:
         for block in model.trf_blocks:
             att, up, down = block.att, block.ff.layers[0], block.ff.layers[2]
             qkv = [(linear.weight, linear.bias) for linear in (att.W_query, att.W_key, att.W_value)]
-            packed = tuple(torch.cat(parts) for parts in zip(*qkv, strict=True))
-            self.blocks.append((block.norm1, packed, att.out_proj, block.norm2, up, down))
+            norms = [(norm.scale, norm.shift) for norm in (block.norm1, block.norm2)]
+            packed = [torch.cat(parts) for parts in zip(*qkv, strict=True)]
+            out, up, down = ((linear.weight, linear.bias) for linear in (att.out_proj, up, down))
+            self.blocks.append((*norms[0], *packed, *out, *norms[1], *up, *down))
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def _forward(self, idx: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
         """Writes keys and values at `positions` [T]; -> ids [B, 1] of the likeliest next tokens."""
-        B, T = idx.shape
-        config = self.config
-        C, eps = config.emb_dim, config.norm_eps
-        x = F.embedding(idx, self.wte) + F.embedding(positions, self.wpe)
-        for layer, (norm1, packed, out, norm2, up, down) in enumerate(self.blocks):
-            y = F.layer_norm(x, (C,), norm1.scale, norm1.shift, eps)
-            q, k, v = F.linear(y, *packed).view(B, T, 3, config.n_heads, config.head_dim).permute(2, 0, 3, 1, 4)
-            keys, values = self.keys[layer], self.values[layer]
-            keys.index_copy_(2, positions, k)
-            values.index_copy_(2, positions, v)
-            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)
-            x = x + F.linear(y.transpose(1, 2).reshape(B, T, C), out.weight, out.bias)
-            y = F.layer_norm(x, (C,), norm2.scale, norm2.shift, eps)
-            y = F.gelu(F.linear(y, up.weight, up.bias), approximate="tanh")
-            x = x + F.linear(y, down.weight, down.bias)
-        x = F.layer_norm(x[:, -1:], (C,), self.final.scale, self.final.shift, eps)
-        return F.linear(x, self.head)[..., : config.vocab_size].argmax(-1)
+        final, tables = (self.final.scale, self.final.shift), (self.wte, self.wpe)
+        cache, eps = (self.keys, self.values), self.config.norm_eps
+        scores = logits(idx, positions, visible, tables, self.blocks, final, self.head, *cache, eps)
+        return scores[:, None, : self.config.vocab_size].argmax(-1)
 
     def _step(self) -> None:
         """One token: reads and writes `token` and `position`, so that it can be replayed."""

@@ -71,7 +71,8 @@ class Op:
 
     work: mode -> (size, bytes of an element) -> Work. sizes: scale -> sizes; growth: scale -> what to vary about the first of
     them. options: keywords of every call, of which `shown` name the case. peers: name -> case -> function. sync: providers that
-    read the device, so that no graph holds them.
+    read the device, so that no graph holds them. direct, plain: what fastgpt and plain PyTorch call where neither dispatch nor
+    fastgpt.reference has the op. check: (inputs, outputs) -> Wrong or nothing, where there is no one right result.
     """
 
     name: str
@@ -84,6 +85,9 @@ class Op:
     shown: tuple[str, ...] = ("activation", "causal")
     peers: Mapping[str, Callable[[Case], Function]] = field(default_factory=dict)
     sync: frozenset[str] = frozenset()
+    direct: Function | None = None
+    plain: Function | None = None
+    check: Callable[[Sequence[Tensor], Sequence[Tensor]], None] | None = None
 
     @property
     def benchmark(self) -> Benchmark:
@@ -110,8 +114,8 @@ class Op:
     def function(self, name: str, case: Case) -> Function:
         """What provider `name` calls."""
         if name == OURS:
-            return functools.partial(kernel(self.name), **self.options)
-        plain = functools.partial(getattr(reference, self.name), **self.options)
+            return functools.partial(self.direct or kernel(self.name), **self.options)
+        plain = self.reference
         if device().type == "cpu" and not interpreting() and name in (PLAIN, COMPILED):
             raise Absent("it is what fastgpt runs on a CPU" if name == PLAIN else "an op is compiled on a GPU only")
         if name == PLAIN:
@@ -119,6 +123,10 @@ class Op:
         if name == COMPILED:
             return compiled(plain)
         return self.peers[name](case)
+
+    @property
+    def reference(self) -> Function:
+        return functools.partial(self.plain or getattr(reference, self.name), **self.options)
 
     def candidate(self, name: str, function: Function, case: Case) -> Candidate:
         problem = _problem(self, case)
@@ -161,7 +169,7 @@ class Problem:
         self.inputs = [first, *(self._new() for _ in range(max(1, min(count, most)) - 1))]
         self.incoming: list[tuple[Tensor, ...]] = []
         if case.mode == "backward":
-            outputs = _tuple(op_of(reference, op)(*first))
+            outputs = _tuple(op.reference(*first))
             self.incoming = [tuple(torch.randn_like(o) for o in outputs) for _ in self.inputs]
         self.turn, self.error = 0, 0.0
         self._known: tuple[int, tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
@@ -202,16 +210,18 @@ class Problem:
         self._known = None
 
     def poison(self, outputs: Sequence[tuple[Tensor, ...]]) -> None:
-        """NaN in all outputs, but for a gradient that is the incoming one itself or has no memory of its own."""
+        """NaN, or -1, in all outputs, but for a gradient that is the incoming one itself or has no memory of its own."""
         given = {x.untyped_storage().data_ptr() for held in (*self.inputs, *self.incoming) for x in held}
         with torch.no_grad():
             for out in (out for held in outputs for out in held):
                 if out.untyped_storage().data_ptr() not in given and 0 not in out.stride():
-                    out.fill_(math.nan)
+                    out.fill_(math.nan if out.is_floating_point() else -1)
 
     def check(self, outputs: Sequence[tuple[Tensor, ...]]) -> None:
         """One buffer's outputs against float64, another one each time."""
         i = self.turn % len(self.inputs)
+        if self.op.check is not None:
+            return self.op.check(self.inputs[i], outputs[i])
         if self._known is None or self._known[0] != i:
             self._known = i, *self._right(i)
         _, plain, exact = self._known
@@ -219,7 +229,7 @@ class Problem:
 
     def _right(self, i: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Plain PyTorch's outputs for inputs i, in the case's dtype and in float64."""
-        function = op_of(reference, self.op)
+        function = self.op.reference
         plain = self.call(i, function)()
         kept = self.inputs[i], self.incoming[i : i + 1]
         self.inputs[i] = tuple(x.double() if x.is_floating_point() else x for x in kept[0])
@@ -249,10 +259,6 @@ def _problem(op: Op, case: Case) -> Problem:
     if not _latest or _latest[0].case != case:
         _latest[:] = [Problem(op, case)]
     return _latest[0]
-
-
-def op_of(module: Any, op: Op) -> Function:
-    return functools.partial(getattr(module, op.name), **op.options)
 
 
 def kernel(name: str) -> Function:

@@ -7,6 +7,7 @@ from benchmarks import (
     context,
     cross_entropy,
     decode,
+    decode_token,
     embedding,
     engine,
     gelu,
@@ -15,12 +16,13 @@ from benchmarks import (
     layer_norm,
     linear,
     memory,
+    sampling,
     softmax,
     train_step,
 )
 from benchmarks.harness import Benchmark, Case
 
-OP_FILES = (layer_norm, embedding, softmax, gelu, linear, attention, decode, cross_entropy)
+OP_FILES = (layer_norm, embedding, softmax, gelu, linear, attention, decode, decode_token, sampling, cross_entropy)
 MODEL_FILES = (engine, generate, context, train_step, memory, host)
 
 # Several entries of an op (other inputs, other options) are one benchmark to the outside.

@@ -13,7 +13,6 @@ results/<gpu>/sweep.json is data: a test holds the constants in the code to with
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib
 import itertools
 import json
@@ -31,9 +30,20 @@ from unittest import mock
 
 import torch
 
-from benchmarks import attention, cross_entropy, decode, embedding, gelu, layer_norm, linear, softmax
+from benchmarks import (
+    attention,
+    cross_entropy,
+    decode,
+    decode_token,
+    embedding,
+    gelu,
+    layer_norm,
+    linear,
+    sampling,
+    softmax,
+)
 from benchmarks.harness import OURS, Case, Wrong, device, measure, measured_row, row, scale_of
-from benchmarks.op import Draw, Op, kernel
+from benchmarks.op import Draw, Op
 from benchmarks.record import ROOT, Store, machine_name, run_record, state
 
 GROUP = "sweep"
@@ -155,6 +165,16 @@ def constants() -> dict[str, Constant]:
             "both",
             tuple(n << 20 for n in (128, 256, 512, 1024, 2048)),
         ),
+        Constant("token-rows", "decode_token.ROWS", decode_token.TOKEN, "forward", (2, 4, 8)),
+        Constant("token-project-rows", "decode_token.PROJECT_ROWS", decode_token.TOKEN, "forward", (4, 8, 16)),
+        Constant("token-head-rows", "decode_token.HEAD_ROWS", decode_token.TOKEN, "forward", (8, 16, 32)),
+        Constant("token-split", "decode_token.SPLIT_KEYS", decode_token.TOKEN, "forward", (64, 128, 256)),
+        Constant(
+            "one-kernel-tile", "decode_persistent.TILE_BYTES", decode_token.ONE_KERNEL, "forward", (8192, 16384, 32768)
+        ),
+        Constant("one-kernel-warps", "decode_persistent.NUM_WARPS", decode_token.ONE_KERNEL, "forward", (4, 8, 16)),
+        Constant("sample-split", "sampling._SPLIT", sampling.DRAW, "forward", (1024, 2048, 4096, 8192)),
+        Constant("sample-chunk", "sampling._CHUNK", sampling.FILTERED, "forward", (2048, 4096, 8192)),
     )
     return {constant.name: constant for constant in found}
 
@@ -180,8 +200,8 @@ def limits(constant: Constant, case: Case, capability: int) -> list[list[str]]:
         leaves = [
             t.requires_grad_(i in constant.op.gradients and case.mode != "forward") for i, t in enumerate(tensors)
         ]
-        module = importlib.import_module("fastgpt_kernels")
-        out = getattr(module, constant.op.name)(*leaves, **constant.op.options)
+        function = constant.op.direct or getattr(importlib.import_module("fastgpt_kernels"), constant.op.name)
+        out = function(*leaves, **constant.op.options)
         if case.mode != "forward":
             outputs = out if isinstance(out, tuple) else (out,)
             torch.autograd.backward(outputs, [torch.empty_like(o) for o in outputs])
@@ -250,8 +270,7 @@ def sweep(constant: Constant, scale: str, store: Store, again: bool = False) -> 
 def _measured(constant: Constant, case: Case, swept: Case, candidate: Any, scale: str, name: str) -> dict[str, Any]:
     with constant.replaced(candidate):
         try:
-            function = functools.partial(kernel(constant.op.name), **constant.op.options)
-            prepared = constant.op.candidate(OURS, function, case)
+            prepared = constant.op.candidate(OURS, constant.op.function(OURS, case), case)
             result = measure(prepared, None, 1 if scale == "dry" else ROUNDS)
             return {**measured_row(swept, name, prepared, None, result), "state": state()}
         except Wrong as wrong:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import re
 
 import pytest
 import torch
 
-from benchmarks import generate, harness, models
+from benchmarks import decode_token, generate, harness, models, sampling, sweep
 from benchmarks.harness import Absent, Wrong
-from fastgpt import quantize
+from fastgpt import KVCache, quantize
 from fastgpt.layers import Int8Linear
+from fastgpt_kernels import _launch
 
 
 def test_a_sampler_that_does_not_reproduce_is_caught():
@@ -45,3 +47,69 @@ def test_providers_that_would_take_minutes_are_left_out_with_a_reason():
         assert most < 512
         with pytest.raises(Absent, match=re.escape(why)):
             generate.prepare(name, cases[0])
+
+
+def single(scale="dry"):
+    return decode_token.TOKEN.benchmark.cases(scale)[0]
+
+
+@pytest.mark.parametrize("name", ["torch", "cuBLAS and SDPA"])
+def test_a_tokens_peers_are_right(name):
+    harness.prove(decode_token.TOKEN.benchmark.providers[name](single()))
+
+
+def test_a_plain_token_is_the_models_own():
+    """The plain step, its weights those of a float64 model, gives that model's logits behind the same cache."""
+    model = models.build("dry", torch.float64).eval()
+    prompt = torch.randint(model.config.vocab_size, (3, 7))
+    cache = KVCache(model.config, 3, 8, torch.float64)
+    blocks = []
+    for block in model.trf_blocks:
+        att, (up, _, down) = block.att, block.ff.layers
+        qkv = [
+            torch.cat(p) for p in zip(*((m.weight, m.bias) for m in (att.W_query, att.W_key, att.W_value)), strict=True)
+        ]
+        out, up, down = ((m.weight, m.bias) for m in (att.out_proj, up, down))
+        blocks += [block.norm1.scale, block.norm1.shift, *qkv, *out, block.norm2.scale, block.norm2.shift, *up, *down]
+    with torch.no_grad():
+        model(prompt[:, :6], cache=cache)
+        positions, final = torch.full((3,), 6, dtype=torch.int32), model.final_norm
+        state = cache.keys, cache.values, model.tok_emb.weight, model.pos_emb.weight, final.scale, final.shift
+        ours = decode_token.plain(prompt[:, 6], positions, *state, *blocks)
+        theirs = model(prompt)[:, 6]
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_work_of_a_token():
+    """GPT-2 124M's blocks and head, counted by hand in facts of its architecture: 14.2 MB a block, 77.2 MB of head."""
+    first, _, _ = decode_token.TOKEN.benchmark.cases("gpu")
+    cache = 2 * 4 * 1024 * 768 * 2
+    assert first.work.read == pytest.approx(4 * 14.18e6 + 77.19e6 + cache, rel=1e-3)
+    wide = sampling.DRAW.benchmark.cases("gpu")[1]
+    assert wide.work.read == 8 * 50257 * 2
+
+
+def test_draws_that_are_none_are_caught():
+    case = dataclasses.replace(sampling.FILTERED.benchmark.cases("dry")[0], size={"B": 64, "V": 500})
+    peer = lambda function: sampling.FILTERED.candidate("peer", function, case)  # noqa: E731
+    harness.prove(peer(functools.partial(sampling.torch_sampler, **sampling.FILTERED.options)))
+    for wrong, match in (
+        (lambda logits, *_: logits.argmax(-1), "the most likely ones"),
+        (lambda logits, *_: logits.argmin(-1), "the filters drop"),
+        (lambda logits, *_: logits.argmax(-1) - 1000, "expected 64 ids under 500"),
+    ):
+        with pytest.raises(Wrong, match=match):
+            peer(wrong)
+
+
+@pytest.mark.parametrize("name", ["token-rows", "one-kernel-tile", "sample-chunk"])
+def test_a_constant_of_decoding_reaches_its_kernel(name):
+    """A launch is recorded with what the constant says."""
+    constant = sweep.constants()[name]
+    case = constant.cases("gpu")[0]
+    seen = []
+    for candidate in constant.candidates[:2]:
+        with constant.replaced(candidate), _launch.record(90) as launches:
+            constant.op.direct(*constant.op.inputs(case.size, sweep.MetaDraw(case.torch_dtype)), **constant.op.options)
+        seen.append([(launch.grid, launch.kwargs) for launch in launches])
+    assert seen[0] != seen[1]
