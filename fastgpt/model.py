@@ -189,9 +189,9 @@ class GPTModel(nn.Module):
         if plain(head, nn.Linear):
             weight: Tensor = head.weight
             bias: Tensor | None = head.bias
-            V = self._tokens(len(weight))
-            if V < len(weight):  # a slice of all rows, too, would copy the whole gradient
-                weight, bias = weight[:V], None if bias is None else bias[:V]
+            tokens = self._tokens(len(weight))
+            if tokens < len(weight):  # a slice of all rows, too, would copy the whole gradient
+                weight, bias = weight[:tokens], None if bias is None else bias[:tokens]
             return ops.linear_cross_entropy(x, weight, flat, bias, ignore_index)
         return ops.cross_entropy(self._unpadded(head(x)), flat, ignore_index)
 
