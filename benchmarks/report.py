@@ -107,15 +107,17 @@ def pooled(rows: Sequence[Row]) -> list[Row]:
 def compare(row: Row, mine: Row) -> None:
     """Give `row` fastgpt's rate in the samples between its own, and the ratio with its 20th and 80th percentile.
 
-    Where the two weren't timed in turn, the ratio is that of the medians and its range that of the two ranges.
+    Where the two weren't timed in turn, the ratio is that of the medians and its range that of the two ranges. A record of
+    pairs that kept their median alone has that range only if the median lies in it: else the machine drifted in between.
     """
     if "fastgpt_ms" in row:
         row["fastgpt_rate"] = mine["rate"] * mine["ms"] / statistics.median(row["fastgpt_ms"])
     row.setdefault("fastgpt_is", mine["rate"] / row["rate"])
     if "fastgpt_is_p20" not in row:
         work = mine["rate"] * mine["ms"] / (row["rate"] * row["ms"])
-        row["fastgpt_is_p20"] = work * row["p20"] / mine["p80"]
-        row["fastgpt_is_p80"] = work * row["p80"] / mine["p20"]
+        low, high = work * row["p20"] / mine["p80"], work * row["p80"] / mine["p20"]
+        if low <= row["fastgpt_is"] <= high:
+            row["fastgpt_is_p20"], row["fastgpt_is_p80"] = low, high
 
 
 def derived(row: Row, floors: Sequence[Row], run: dict) -> Row:
@@ -149,16 +151,14 @@ def derived(row: Row, floors: Sequence[Row], run: dict) -> Row:
 
 def behind(rows: Sequence[Row]) -> list[Row]:
     """Rows of peers that were faster than fastgpt beyond the noise, the fastest first: four ratios in five are below 1."""
-    found = [row for row in rows if row.get("fastgpt_is", 1.0) < NEARLY and row["fastgpt_is_p80"] < 1.0]
+    found = [row for row in rows if row.get("fastgpt_is", 1.0) < NEARLY and row.get("fastgpt_is_p80", 1.0) < 1.0]
     return sorted(found, key=lambda row: row["fastgpt_is"])
 
 
 def ratio(row: Row) -> str:
-    median, low, high = (
-        f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
-        for value in (row["fastgpt_is"], row["fastgpt_is_p20"], row["fastgpt_is_p80"])
-    )
-    return f"{median}x ({low} to {high})"
+    shown = [row[name] for name in ("fastgpt_is", "fastgpt_is_p20", "fastgpt_is_p80") if name in row]
+    median, *ends = (f"{value:.2f}" if value >= 0.1 else f"{value:.2g}" for value in shown)
+    return f"{median}x" + (f" ({' to '.join(ends)})" if ends else "")
 
 
 def left_out(rows: Iterable[Row]) -> list[str]:

@@ -54,4 +54,6 @@ class Resumed:
         if self.passed:
             terminalreporter.write_line(f"{len(self.passed)} tests passed in an earlier call")
         if self.later:
-            terminalreporter.write_line(f"{self.later} tests not begun for want of time: the same command goes on there")
+            terminalreporter.write_line(
+                f"{self.later} tests not begun for want of time: the same command goes on there"
+            )

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 
 def pytest_addoption(parser, pluginmanager):
-    if not pluginmanager.hasplugin("timeout"):  # an option of pyproject.toml; a borrowed machine may not have the plugin
+    if not pluginmanager.hasplugin("timeout"):  # pyproject.toml sets it; a borrowed machine may not have the plugin
         parser.addini("timeout", "pytest-timeout's, which isn't installed")
 
 

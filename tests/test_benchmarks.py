@@ -462,6 +462,16 @@ def test_samples_of_another_run_are_not_pooled(tmp_path):
     assert [row["ms"] for row in rows if row["provider"] == "fastgpt" and not row["grows"]] == [6.0]
 
 
+def test_a_range_that_contradicts_its_pairs_is_not_shown():
+    """Medians of pairs without percentiles: fastgpt was slower when it was alone."""
+    mine = {"rate": 2.0, "ms": 500.0, "p20": 490.0, "p80": 510.0}
+    for pairs, shown in ((1.0, "1.00x (0.96 to 1.04)"), (0.9, "0.90x")):
+        row = {"rate": 2.0, "ms": 500.0, "p20": 490.0, "p80": 510.0, "fastgpt_is": pairs}
+        report.compare(row, mine)
+        assert report.ratio(row) == shown
+        assert not report.behind([row])
+
+
 def test_an_exponent_has_its_error():
     points = [growth.Point(x, y, y, y) for x, y in ((1.0, 1.0), (10.0, 20.0), (100.0, 100.0))]
     exponent, error = growth.fit(points)
