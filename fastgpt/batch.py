@@ -43,9 +43,7 @@ class LanguageModel(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
-def prefill(
-    model: LanguageModel, cache: KVCache, prompts: Sequence[Sequence[int]], chunk: int | None = None
-) -> Tensor:
+def prefill(model: LanguageModel, cache: KVCache, prompts: Sequence[Sequence[int]], chunk: int | None = None) -> Tensor:
     """Fill an empty cache with prompts of any lengths, `chunk` positions a forward; returns the last positions' logits [B, V].
 
     None is as many as PREFILL_CHUNK and PREFILL_TOKENS allow. Rows are padded at the end for the forward and cut to their own
