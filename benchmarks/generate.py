@@ -35,7 +35,7 @@ from benchmarks.models import (
 from benchmarks.nanogpt import from_fastgpt
 from benchmarks.op import interpreting
 from fastgpt import GPTConfig, GPTModel, decoder
-from fastgpt.info import forward_flops_per_token, kv_cache_bytes
+from fastgpt.info import kv_cache_bytes
 from fastgpt.quantization import quantize
 
 Generate = Callable[[Tensor, int], Tensor]
@@ -77,11 +77,16 @@ def weight_bytes(config: GPTConfig, itemsize: int) -> float:
 
 
 def generation_work(config: GPTConfig, batch: int, prompt: int, new: int, itemsize: int) -> Work:
-    """`new` forward passes, the first over the prompt. A cached token reads the weights, and all keys and values so far."""
+    """`new` forward passes, the first over the prompt. A cached token reads the weights, and all keys and values so far.
+
+    Products are counted as they are needed: attention causal, the head for the tokens that are chosen.
+    """
     position = kv_cache_bytes(config, itemsize) / config.context_length
     cached = batch * position * sum(prompt + i for i in range(1, new))
-    flops = batch * forward_flops_per_token(config) * (prompt + new - 1)
-    return Work(flops, new * weight_bytes(config, itemsize) + cached, batch * position * (prompt + new - 1))
+    C, L, positions = config.emb_dim, config.n_layers, prompt + new - 1
+    matrices = L * (4 * C * C + 2 * C * config.hidden_dim) * positions + config.padded_vocab_size * C * new
+    flops = batch * 2.0 * (matrices + L * C * positions * (positions + 1))
+    return Work(flops, new * weight_bytes(config, itemsize) + cached, batch * position * positions)
 
 
 def cases(benchmark: str, scale: str) -> Iterator[Case]:

@@ -66,11 +66,13 @@ case $stage in
   floors) "$python" -m benchmarks.floors --out "$out" "$@" ;;
   tests)
     rm -f "$out"/tests-*.log
-    lane=(tests) rest=(tests)
-    [ -n "$dry" ] && lane=(tests/kernels/test_gelu.py) && rest=(tests/test_sampling.py)
-    checked gpu 330 gpu "${lane[@]}"
+    lane=(tests) engine=(tests/test_decoder.py tests/test_same_answers.py tests/kernels/test_gpt.py) rest=(tests)
+    [ -n "$dry" ] && lane=(tests/kernels/test_gelu.py) && engine=(tests/test_speculation.py) && rest=(tests/test_sampling.py)
+    checked gpu 300 gpu "${lane[@]}"
+    checked engine $((420 - SECONDS)) "not gpu" "${engine[@]}"
     checked rest $((500 - SECONDS)) "not gpu" "${rest[@]}"
     tail -n 40 "$out/tests-gpu.log" | cut -c1-200
+    tail -n 15 "$out/tests-engine.log" | cut -c1-200
     tail -n 15 "$out/tests-rest.log" | cut -c1-200
     ;;
   kernels) suite kernels 480 "$@" ;;

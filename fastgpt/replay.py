@@ -43,7 +43,8 @@ class Graph:
             torch.cuda.current_stream().wait_stream(stream)
             for moved, was in zip(self._moved, before, strict=True):
                 moved.copy_(was)
-            with torch.cuda.graph(graph, stream=stream):
+            # Other threads of the caller's may allocate meanwhile.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 run()
         return graph
 

@@ -357,6 +357,22 @@ def test_bytes_of_a_token():
     assert one.read - none.read == pytest.approx(247.3e6 + 1001 * 36_864, rel=1e-3)
 
 
+def test_flops_of_a_generation():
+    """Beside torch's counter of a forward, which counts attention whole and the head at each position."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape, T = PRESETS["gpt2"].replace(n_layers=2), 64
+    with torch.device("meta"):
+        model = models.GPTModel(shape)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, T, dtype=torch.int64, device="meta"))
+    head, whole = 2 * shape.padded_vocab_size * 768, 4 * 2 * 768 * T * T
+    counted = counter.get_total_flops() - head * (T - 1)
+    causal = counted - whole + whole * (T + 1) / (2 * T)
+    assert generate.generation_work(shape, 1, T, 1, 2).flops == pytest.approx(causal, rel=1e-6)
+    assert generate.generation_work(shape, 3, T - 4, 5, 2).flops == pytest.approx(3 * (causal + 4 * head), rel=1e-6)
+
+
 def test_merges_rebuild_the_tokenizer():
     candidates = {name: host.TOKENIZERS[name]()[0] for name in host.TOKENIZERS}
     text = host.text(3000) + "naïve 🙂\n"
