@@ -261,6 +261,22 @@ def reference_cached(model: GPTModel, case: Case) -> Generate:
     return on_reference(model.generate)
 
 
+def reference_compiled(model: GPTModel, case: Case) -> Generate:
+    """One compiled forward for every length, without a cache."""
+    needs_cuda("torch.compile of a model")
+    if (case.benchmark, case.size["model"], case.size["batch"]) != ("generate", "gpt2", 1):
+        raise Absent("compiled for the smallest model at batch 1 alone: every case takes it a minute")
+    next_token = torch.compile(lambda idx: model(idx)[:, -1:].argmax(-1), dynamic=True)
+
+    @torch.no_grad()
+    def generate(idx: Tensor, n: int) -> Tensor:
+        for _ in range(n):
+            idx = torch.cat((idx, next_token(idx[:, -model.config.context_length :])), dim=1)
+        return idx
+
+    return on_reference(generate)
+
+
 GENERATORS: dict[str, Callable[[GPTModel, Case], Generate]] = {
     OURS: lambda model, case: on_kernels(model.generate),
     "fastgpt, no cache": lambda model, case: on_kernels(functools.partial(model.generate, use_cache=False)),
@@ -269,6 +285,7 @@ GENERATORS: dict[str, Callable[[GPTModel, Case], Generate]] = {
     "fastgpt, prompt lookup": lambda model, case: on_kernels(functools.partial(model.generate, lookup=8)),
     **{name: drawing(name.removeprefix("fastgpt, ").removesuffix(" sampler")) for name in DRAWN},
     "reference": reference_cached,
+    "reference, no cache, compiled": reference_compiled,
     "transformers": transformers_eager,
     "transformers, static cache, compiled": transformers_static,
     "cuBLAS and SDPA in a CUDA graph": graphed,
