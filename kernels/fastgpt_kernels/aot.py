@@ -254,9 +254,9 @@ def main(
     names = [op for ops in cases for op in ops]
     parser = argparse.ArgumentParser(prog="python -m fastgpt_kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--arch", nargs="+", type=parse_target, default=[parse_target(a) for a in ARCHITECTURES], metavar="ARCH"
+        "--arch", nargs="+", action="extend", type=parse_target, metavar="ARCH", help=f"of {', '.join(ARCHITECTURES)}"
     )
-    parser.add_argument("--op", nargs="+", default=names, choices=names, help="only these public functions")
+    parser.add_argument("--op", nargs="+", action="extend", choices=names, help="only these public functions")
     parser.add_argument("--quick", action="store_true", help="one width and head size, bf16 alone")
     parser.add_argument("--exhaustive", action="store_true", help="every variant at every size, not just at the first")
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
@@ -267,12 +267,14 @@ def main(
         return 2
 
     started = time.perf_counter()
-    makers = [make for ops, make in cases.items() if set(ops) & set(options.op)]
+    wanted = set(options.op or names)
+    makers = [make for ops, make in cases.items() if set(ops) & wanted]
     selected, collected = 0, {}
-    for target in options.arch:
+    targets = options.arch or [parse_target(name) for name in ARCHITECTURES]
+    for target in targets:
         scope = QUICK if options.quick else NARROW if target.number >= 100 else Scope()
         scope = dataclasses.replace(scope, exhaustive=options.exhaustive)
-        chosen = [case for make in makers for case in make(scope) if case.op in options.op]
+        chosen = [case for make in makers for case in make(scope) if case.op in wanted]
         collected[target.name] = collect(chosen, target)
         selected += len(chosen)
     if "sm80" in collected and "sm86" in collected:
@@ -304,7 +306,7 @@ def main(
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(report, file, indent=1)
     print(
-        f"\n{counts['cases']} cases over {len(options.arch)} architectures make {counts['launches']} launches of "
+        f"\n{counts['cases']} cases over {len(targets)} architectures make {counts['launches']} launches of "
         f"{counts['kernels']} kernels; compiled each of the {counts['compiled']} distinct ones in {counts['seconds']} s"
     )
     for failure in failures:
