@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -230,7 +231,10 @@ def test_train_learns_and_what_it_saves_generates(text, tmp_path, capsys):
     assert len(losses) == 60
     assert losses[-1] < 0.6 * losses[0]
     assert [entry["step"] for entry in log if "validation_loss" in entry] == [30, 60]
-    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    if find_spec("matplotlib"):
+        assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    else:
+        assert not (out / "loss.png").exists()
     capsys.readouterr()
     assert main(["generate", "the quick", "--model", str(out), "--max-new-tokens", "10", "--seed", "1"]) == 0
     assert capsys.readouterr().out.startswith("the quick")
