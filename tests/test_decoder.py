@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from fused_token import wide_tiles
 from models import tiny_model
 from torch import nn
 
@@ -22,11 +23,7 @@ PROMPTS = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8]]
 @pytest.fixture(autouse=True)
 def _wide_tiles(monkeypatch):
     """The interpreter pays by the program."""
-    from fastgpt_kernels import decode_persistent, decode_token
-
-    monkeypatch.setattr(decode_persistent, "TILE_BYTES", 2048)
-    for name in ("ROWS", "PROJECT_ROWS", "HEAD_ROWS"):
-        monkeypatch.setattr(decode_token, name, 64)
+    wide_tiles(monkeypatch)
 
 
 @pytest.fixture

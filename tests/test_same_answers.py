@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from fused_token import wide_tiles
 from models import spread, tiny_model
 from torch import Tensor
 
@@ -32,11 +33,7 @@ def model_of(dtype: torch.dtype, device: torch.device) -> GPTModel:
 def _wide_tiles(monkeypatch, device):
     """The interpreter pays by the program."""
     if device.type == "cpu":
-        from fastgpt_kernels import decode_persistent, decode_token
-
-        monkeypatch.setattr(decode_persistent, "TILE_BYTES", 2048)
-        for name in ("ROWS", "PROJECT_ROWS", "HEAD_ROWS"):
-            monkeypatch.setattr(decode_token, name, 64)
+        wide_tiles(monkeypatch)
 
 
 def prompts_of(model: GPTModel, count: int) -> list[list[int]]:

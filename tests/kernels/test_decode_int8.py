@@ -8,11 +8,11 @@ import importlib
 import pytest
 import torch
 from compare import assert_as_accurate_as_torch
+from fused_token import as_one_kernel, persistent, prefilled, small_shares, token_weights
 from models import tiny_model
 from mutants import mutant
-from one_kernel import as_one_kernel, persistent, small_shares
 
-from fastgpt import PRESETS, GPTModel, KVCache, decoder, generate, quantize, use_backend
+from fastgpt import PRESETS, GPTModel, decoder, generate, quantize, use_backend
 from fastgpt_kernels import _launch
 
 module = importlib.import_module("fastgpt_kernels.decode_token")
@@ -50,33 +50,6 @@ def stood_for(model: GPTModel, dtype: torch.dtype) -> GPTModel:
     plain = GPTModel(model.config.replace(tie_weights=False)).to(model.device, dtype).eval()
     plain.load_state_dict(state)
     return plain
-
-
-def prefilled(model: GPTModel, prompts, capacity: int) -> KVCache:
-    cache = KVCache(model.config, len(prompts), capacity, model.tok_emb.weight.dtype, model.device)
-    padded = torch.tensor([p + [0] * (max(map(len, prompts)) - len(p)) for p in prompts], device=model.device)
-    with use_backend("reference"):
-        model(padded, cache=cache)
-    cache.truncate([len(p) for p in prompts])
-    return cache
-
-
-def token_weights(ops, model: GPTModel):
-    def linear(m):
-        return m.weight, m.bias
-
-    def norm(m):
-        return m.scale, m.shift
-
-    layers, scales = [], []
-    for block in model.trf_blocks:
-        att, up, down = block.att, block.ff.layers[0], block.ff.layers[2]
-        square = (att.W_query, att.W_key, att.W_value, att.out_proj)
-        parts = [norm(block.norm1), *map(linear, square), norm(block.norm2), linear(up), linear(down)]
-        layers.append(ops.LayerWeights(*(t for part in parts for t in part)))
-        scales.append(ops.LayerScales(*(m.scale for m in (*square, up, down))))
-    tables, head = (model.tok_emb.weight, model.pos_emb.weight), model.out_head
-    return ops.TokenWeights(*tables, tuple(layers), *norm(model.final_norm), *linear(head), tuple(scales), head.scale)
 
 
 @torch.no_grad()

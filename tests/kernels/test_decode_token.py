@@ -9,9 +9,9 @@ import types
 import pytest
 import torch
 from compare import assert_as_accurate_as_torch
+from fused_token import as_one_kernel, persistent, prefilled, small_shares, token_weights
 from models import tiny_model
 from mutants import mutant
-from one_kernel import as_one_kernel, persistent, small_shares
 
 from fastgpt import PRESETS, GPTModel, KVCache, decoder, use_backend
 from fastgpt_kernels import _launch
@@ -39,34 +39,6 @@ def _interpretable(request, monkeypatch):
             monkeypatch.setattr(persistent, name, getattr(persistent, name))
         interpretable(module)
         small_shares(persistent)
-
-
-def token_weights(ops, model: GPTModel):
-    def linear(module):
-        return module.weight.detach(), None if module.bias is None else module.bias.detach()
-
-    def norm(module):
-        return module.scale.detach(), None if module.shift is None else module.shift.detach()
-
-    layers = []
-    for block in model.trf_blocks:
-        att, ff = block.att, block.ff.layers
-        parts = [norm(block.norm1), *(linear(m) for m in (att.W_query, att.W_key, att.W_value, att.out_proj))]
-        parts += [norm(block.norm2), linear(ff[0]), linear(ff[2])]
-        layers.append(ops.LayerWeights(*(t for part in parts for t in part)))
-    tables = model.tok_emb.weight.detach(), model.pos_emb.weight.detach()
-    return ops.TokenWeights(*tables, tuple(layers), *norm(model.final_norm), *linear(model.out_head))
-
-
-def prefilled(model: GPTModel, prompts: list[list[int]], capacity: int) -> KVCache:
-    """A cache of the prompts, right-padded and cut, by the reference path."""
-    device, dtype = model.tok_emb.weight.device, model.tok_emb.weight.dtype
-    cache = KVCache(model.config, len(prompts), capacity, dtype, device)
-    padded = torch.tensor([p + [0] * (max(map(len, prompts)) - len(p)) for p in prompts], device=device)
-    with torch.no_grad(), use_backend("reference"):
-        model(padded, cache=cache)
-    cache.truncate([len(p) for p in prompts])
-    return cache
 
 
 @torch.no_grad()
