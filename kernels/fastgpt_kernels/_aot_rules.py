@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from ._aot_cases import STREAM, Kind
+from ._aot_races import disassemble, parse, races
 from ._launch import SM_COUNT, Launch
 
 TMA = 128  # counted as the width of a copy by the tensor memory accelerator, which fetches rows of a tile
@@ -72,6 +73,8 @@ class Row:
     occupancy: float = -1.0
     early_load: int = -1  # the widest before griddepcontrol.wait; -1 without one
     releases: bool = False  # griddepcontrol.launch_dependents is there
+    products: int = -1  # asynchronous ones (wgmma) in the machine code
+    races: list[str] = dataclasses.field(default_factory=list)  # of those
     floor: str = ""
     seconds: float = 0.0
     error: str = ""
@@ -96,6 +99,10 @@ def read_nvidia(row: Row, cubin: bytes, ptx: str, warps: int, chip: Chip) -> Non
     before, wait, _ = ptx.partition("griddepcontrol.wait")
     row.early_load = max(_loads(before), default=0) if wait else -1
     row.releases = "griddepcontrol.launch_dependents" in ptx
+    if row.tensor_core == "wgmma":
+        instructions = parse(disassemble(cubin))
+        row.products = sum(instruction.name == "HGMMA" for instruction in instructions)
+        row.races = races(instructions)
 
 
 def _loads(ptx: str) -> list[int]:
@@ -158,6 +165,9 @@ def judge(
     tensors, low = tensors_of(launch), (torch.float16, torch.bfloat16)
     if kind.flops is not None and not row.tensor_core and any(t.dtype in low for t in tensors):
         problems.append("multiplies 16-bit matrices without tensor cores")
+    if row.products == 0:
+        problems.append("has a wgmma that was not found in its machine code, and so not looked at for races")
+    problems += row.races[:3]  # the rest is likely the same
     if kind.flops is None and row.wide_share < 0.5 and max(tensors, key=Tensor.numel).dtype in low:
         problems.append(f"loads {row.wide_share:.0%} of its bytes by 16-byte loads, the widest being {row.widest_load}")
     planned = min(kind.programs(arguments), math.ceil(math.prod(launch.grid) / SM_COUNT[capability]))

@@ -84,7 +84,11 @@ def scale_head(head, factor):
 
 @triton.jit
 def dot_heads(a, b, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """a @ b.T for the rows of two heads."""
+    """a @ b.T for the rows of two heads.
+
+    Two products may share the accumulator because it begins here: carried around a loop, Triton up to 3.7 pipelines such a pair
+    wrongly for sm100 (https://github.com/triton-lang/triton/issues/10821).
+    """
     product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION, out_dtype=ACC)
     if len(a) == 2:
         product = tl.dot(a[1], tl.trans(b[1]), product, input_precision=PRECISION, out_dtype=ACC)

@@ -13,9 +13,9 @@ have, the tensor-core instruction, the widest global load and the share of the l
 floor that the kernel is aiming at for the largest launch seen: bytes over the memory's rate or FLOPs over the tensor cores'.
 
 The exit status is 1 if any kernel spills, takes more shared memory than there is, multiplies 16-bit matrices without tensor
-cores, streams 16-bit data mostly by loads narrower than 16 bytes, fits a multiprocessor fewer times than planned, or, launched
-dependently, waits for the kernel before it without having requested its weights. AMD targets (--arch gfx942) are reported and
-never fail.
+cores, streams 16-bit data mostly by loads narrower than 16 bytes, fits a multiprocessor fewer times than planned, touches what an
+asynchronous product may still read (see _aot_races.py), or, launched dependently, waits for the kernel before it without having
+requested its weights. AMD targets (--arch gfx942) are reported and never fail.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import textwrap
 import pytest
 
 from fastgpt_kernels import _aot_cases, aot
+from fastgpt_kernels._aot_races import parse, races
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -67,6 +68,8 @@ def test_tensor_cores_and_wide_loads(quick):
             assert row["widest_load"] >= 16
     hopper = {row["kernel"] for row in report["rows"] if row["arch"] == "sm90" and row["tensor_core"] == "wgmma"}
     assert hopper >= {"_gemm_kernel", "_attention_fwd_kernel", "_attention_bwd_kernel"}
+    for row in report["rows"]:
+        assert row["products"] > 0 if row["tensor_core"] == "wgmma" else row["products"] == -1
 
 
 def test_refuses_the_interpreter():
@@ -256,3 +259,63 @@ def test_sm86_from_the_ptx_of_sm80_is_what_sm86_alone_gives(tmp_path):
     (tmp_path / "twins.py").write_text(textwrap.dedent(TWINS))
     finished = run("twins.py", cwd=tmp_path)
     assert finished.stdout.strip().endswith("same"), finished.stdout + finished.stderr
+
+
+# The loop of a flash attention forward for sm90, as nvdisasm prints it, less what computes.
+ATTENTION = """
+        /*1180*/                   LDGSTS.E.BYPASS.128 [R105], desc[UR24][R36.64], P0 ;
+.L_x_1:
+        /*1880*/                   DEPBAR.LE SB0, 0x2 ;
+        /*1890*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*1b70*/                   WARPGROUP.ARRIVE ;
+        /*1b80*/                   HGMMA.64x64x16.F32 R24, gdesc[UR12], RZ, !UPT ;
+        /*1bd0*/                   HGMMA.64x64x16.F32 R24, gdesc[UR28], R24, gsb0 ;
+        /*1be0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*1bf0*/                   FMUL R91, R27, R2.reuse ;
+        /*1c00*/              @!P1 LDS.128 R88, [R10+0x20] ;
+        /*4510*/                   WARPGROUP.ARRIVE ;
+        /*4570*/                   HGMMA.64x64x16.F32 R56, R88, gdesc[UR8].tnspB, R56 ;
+        /*4a80*/                   HGMMA.64x64x16.F32 R56, R92, gdesc[UR8].tnspB, R56, gsb0 ;
+        /*4a88*/                   NOP ;
+        /*4a90*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*4ad0*/                   LDGSTS.E.BYPASS.128 [R107], desc[UR24][R110.64], !P0 ;
+        /*4ba0*/              @!P0 BRA `(.L_x_1) ;
+        /*4c30*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*4d80*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*4d90*/                   STS.128 [R105], R56 ;
+        /*4da0*/                   EXIT ;
+"""
+FIRST, SECOND = (0x1B80, 0x1BD0), (0x4570, 0x4A80)  # the products of a group
+
+
+@pytest.mark.parametrize(
+    ("at", "instead", "races_at", "kind", "products"),
+    [
+        (0x4DA0, "EXIT", None, "", ()),
+        # the left operand of a product in flight: behind it, in the next iteration, by part of a wide register
+        (0x4A88, "MOV R90, R3", 0x4A88, "left operand", SECOND[:1]),
+        (0x1880, "IMAD.WIDE R94, R4, 0x4, R6", 0x1880, "left operand", SECOND[1:]),
+        (0x1880, "LDSM.16.M88.4 R90, [R3]", 0x1880, "left operand", SECOND),
+        (0x1880, "SHFL.BFLY PT, R91, R3, 0x2, 0x1f", 0x1880, "left operand", SECOND[:1]),
+        (0x1880, "ISETP.GE.AND P0, PT, R88, R91, PT", None, "", ()),
+        # a wait that lets one group go on is none for the last
+        (0x1BE0, "WARPGROUP.DEPBAR.LE gsb0, 0x1", 0x1BF0, "accumulators", FIRST),
+        # another warp group may not have waited yet, or this one has not
+        (0x4A90, "NOP", 0x4AD0, "no barrier", SECOND),
+        (0x4A90, "@P3 BAR.SYNC.DEFER_BLOCKING 0x0", 0x4AD0, "no barrier", SECOND),
+        (0x4D80, "NOP", 0x4D90, "no barrier", SECOND),
+        (0x4C30, "NOP", 0x4D90, "not waited for", SECOND),
+    ],
+)
+def test_races_of_asynchronous_products(at, instead, races_at, kind, products):
+    lines = [f"/*{at:04x}*/ {instead} ;" if f"/*{at:04x}*/" in line else line for line in ATTENTION.splitlines()]
+    instructions = parse("\n".join(lines))
+    assert len(instructions) == ATTENTION.count("/*")
+    found = races(instructions)
+    assert all(f"at {races_at:#x}" in race for race in found) if races_at else not found
+    assert {
+        product
+        for product in (*FIRST, *SECOND)
+        for race in found
+        if f"product at {product:#x}" in race and kind in race
+    } == {*products}
