@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fastgpt import ops
 from fastgpt.cache import KVCache
 from fastgpt.config import GPTConfig
-from fastgpt.reference import activate, decode_attention
+from fastgpt.reference import activate, decode_attention, int8_linear
 from fastgpt.replay import Graph, Loop, Reading
 from fastgpt.sampling import Sampler
 
@@ -109,20 +109,24 @@ def decode(
     B, C = x.shape
     uniform = len(set(starts)) == 1
     for layer, block in enumerate(plan.blocks):
+        *qkv_scales, out_scale, up_scale, down_scale = block.scales or (None,) * 6
         y = torch.layer_norm(x, (C,), *block.norm1, eps)
-        q, k, v = (_affine(y, *pair).view(B, n_heads, 1, C // n_heads) for pair in block.qkv)
+        projections = zip(block.qkv, qkv_scales, strict=True)
+        q, k, v = (_affine(y, *pair, scale).view(B, n_heads, 1, C // n_heads) for pair, scale in projections)
         keys, values = cache.write(layer, starts, k, v)
         if uniform:
             out = F.scaled_dot_product_attention(q, keys, values)
         else:
             out = decode_attention(q, keys, values, cache.device_lengths)
-        x = _affine(out.reshape(B, C), *block.out).add_(x)
+        x = _affine(out.reshape(B, C), *block.out, out_scale).add_(x)
         y = torch.layer_norm(x, (C,), *block.norm2, eps)
-        x = _affine(activate(_affine(y, *block.up), activation), *block.down).add_(x)
+        x = _affine(activate(_affine(y, *block.up, up_scale), activation), *block.down, down_scale).add_(x)
     return x
 
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
+    if scale is not None:
+        return int8_linear(x, weight.T, scale, bias)
     return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 

@@ -17,6 +17,7 @@ from fastgpt import decoder, ops
 from fastgpt.cache import KVCache
 from fastgpt.config import GPTConfig
 from fastgpt.decoder import plain
+from fastgpt.reference import int8_linear
 
 
 class LayerNorm(nn.Module):
@@ -51,8 +52,9 @@ class Activation(nn.Module):
 class Int8Linear(nn.Module):
     """A Linear whose row r of weights is scale[r] * weight[r]: int8 [N, K], one fp32 scale an output, the bias as it was.
 
-    The forward multiplies with the weights in x's dtype, made anew each time; fastgpt.decoder reads them as int8. Made by
-    fastgpt.quantize. Not trained: input gradients flow, weight and scale are buffers.
+    The forward multiplies with the weights in x's dtype, made anew each time (on a CPU see fastgpt.reference.int8_linear);
+    fastgpt.decoder reads the integers on a GPU. Made by fastgpt.quantize. Not trained: input gradients flow, weight and scale are
+    buffers.
 
     Raises ValueError for weights that are not finite.
     """
@@ -72,6 +74,8 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            return int8_linear(x, self.weight, self.scale, self.bias)
         return F.linear(x, self.dequantized(x.dtype), self.bias)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:

@@ -105,7 +105,7 @@ class GPTModel(nn.Module):
             positions = torch.tensor(starts, device=idx.device)[:, None] + torch.arange(T, device=idx.device)
             x = self.drop_emb(self.tok_emb(idx) + self.pos_emb(positions))
         on_cpu = self.device.type == "cpu" and ops.current_backend() != "triton"
-        if T == 1 and on_cpu and isinstance(plan := self._decoder_plan(), decoder.Plan) and not plan.quantized:
+        if T == 1 and on_cpu and isinstance(plan := self._decoder_plan(), decoder.Plan):
             config = self.config
             x = decoder.decode(x[:, 0], plan, cache, starts, config.n_heads, config.activation, config.norm_eps)[
                 :, None

@@ -47,30 +47,32 @@ SMALL = [
 
 
 def test_generate_continues_the_prompt_with_the_models_own_tokens(capsys):
-    assert main(["generate", "def add(a, b):", "--max-new-tokens", "12", "--temperature", "0"]) == 0
+    options = ["--max-new-tokens", "12", "--temperature", "0", "--device", "cpu"]
+    assert main(["generate", "def add(a, b):", *options]) == 0
     printed = capsys.readouterr().out
     model, tokenizer = GPTModel.from_pretrained("bundled"), load_tokenizer(BUNDLED)
     ids = tokenizer.encode("def add(a, b):")
     assert printed == tokenizer.decode(model.generate(torch.tensor([ids]), 12)[0].tolist()) + "\n"
 
 
-def test_generate_from_int8_weights_and_by_lookup(capsys):
-    """Both together, beside the tokens of the quantized model, and the number of forwards that lookup saves."""
-    prompt = "for i in range(10):\n    print(i)\nfor i in range(10):\n"
+@pytest.mark.parametrize(("dtype", "lookup"), [("float32", 4), ("bfloat16", 0)])
+def test_generate_from_int8_weights_and_by_lookup(dtype, lookup, capsys):
+    """Beside the tokens of the quantized model, and the number of forwards that lookup saves."""
+    prompt = "for i in range(10):\n    print(i)\n" * 4
     calls: list[int] = []
     hook = torch.nn.modules.module.register_module_forward_hook(
         lambda module, *_: calls.append(1) if isinstance(module, GPTModel) else None
     )
+    options = ["--max-new-tokens", "12", "--temperature", "0", "--json", "--device", "cpu"]
     try:
-        options = ["--max-new-tokens", "12", "--temperature", "0", "--json", "--int8", "--lookup", "4"]
-        assert main(["generate", prompt, *options]) == 0
+        assert main(["generate", prompt, *options, "--int8", "--dtype", dtype, "--lookup", str(lookup)]) == 0
     finally:
         hook.remove()
     record = json.loads(capsys.readouterr().out)
-    model, tokenizer = quantize(GPTModel.from_pretrained("bundled")), load_tokenizer(BUNDLED)
-    ids = tokenizer.encode(prompt)
+    model = quantize(GPTModel.from_pretrained("bundled", dtype=getattr(torch, dtype)))
+    ids = load_tokenizer(BUNDLED).encode(prompt)
     assert record["tokens"] == model.generate(torch.tensor([ids]), 12)[0, len(ids) :].tolist()
-    assert len(calls) < 12
+    assert len(calls) < 12 if lookup else len(calls) == 12
 
 
 def test_generate_draws_in_triton(text, tmp_path, capsys):

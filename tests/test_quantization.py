@@ -7,6 +7,8 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from compare import assert_as_accurate_as_torch
 from models import tiny_model
 from torch import nn
 
@@ -14,6 +16,7 @@ from examples.train_bundled_model import standard_library
 from fastgpt import GPTModel, generate, quantize
 from fastgpt.evaluation import evaluate
 from fastgpt.layers import Int8Linear
+from fastgpt.reference import WIDENED_ROWS
 from fastgpt.tokenizer import load_tokenizer
 from fastgpt.weights import BUNDLED
 
@@ -81,6 +84,22 @@ def test_logits_loss_and_tokens_are_those_of_what_the_integers_stand_for(model, 
         expected = generate(plain, prompts, 18)
         assert generate(quantized, prompts, 18) == expected
         assert generate(quantized, prompts, 18, lookup=3) == expected
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_on_a_cpu(rows, dtype, bias):
+    """In parts, by torch's own kernel, and where the sums before scaling are past float16's range."""
+    linear = nn.Linear(96, WIDENED_ROWS + 3, bias=bias, dtype=torch.float64)
+    x = torch.full((rows, 96), 300.0, dtype=dtype).view(1, rows, 96) + torch.randn(1, rows, 96, dtype=dtype)
+    quantized = Int8Linear(linear).to(dtype)
+    exact = F.linear(x.double(), quantized.weight.double() * quantized.scale.double()[:, None])
+    exact = exact + quantized.bias.double() if bias else exact
+    peer = F.linear(x, quantized.dequantized(dtype), quantized.bias)
+    assert_as_accurate_as_torch(quantized(x), peer, exact)
+    # with gradients it may take another way
+    assert_as_accurate_as_torch(quantized(x.requires_grad_()), peer, exact, "with gradients")
 
 
 def test_gradients_reach_the_input():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from fastgpt.commands.options import device_option, load_model, model_option
+from fastgpt.commands.options import device_option, dtype_option, load_model, model_option
 from fastgpt.data import expand, read_text
 from fastgpt.evaluation import evaluate
 
@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model_option(parser)
     parser.add_argument("--stride", type=int, help="new tokens a window; default: half the context")
     parser.add_argument("--json", action="store_true")
+    dtype_option(parser)
     device_option(parser)
 
 

@@ -11,7 +11,7 @@ from typing import cast
 
 import torch
 
-from fastgpt.commands.options import device_option, load_model, model_option
+from fastgpt.commands.options import device_option, dtype_option, load_model, model_option
 from fastgpt.data import read_text
 from fastgpt.generation import OVERFLOWS, Step, generate
 from fastgpt.quantization import quantize
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--int8", action="store_true", help="round the weights to 8 bits once they are loaded")
     parser.add_argument("--no-cache", action="store_true", help="recompute everything for each token")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
+    dtype_option(parser)
     device_option(parser)
 
 

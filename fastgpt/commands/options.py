@@ -11,6 +11,8 @@ from fastgpt.model import GPTModel
 from fastgpt.tokenizer import Tokenizer, load_tokenizer
 from fastgpt.weights import BUNDLED, HUB_NAMES
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def model_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -22,6 +24,14 @@ def model_option(parser: argparse.ArgumentParser) -> None:
 
 def device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: cuda where there is one, else cpu")
+
+
+def dtype_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the parameters; default: bfloat16 on CUDA, else the file's, at least float32",
+    )
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -38,11 +48,11 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[GPTModel, Tokenizer]:
-    """The model of --model on --device, and its tokenizer."""
+    """The model of --model on --device in --dtype, and its tokenizer."""
     device = pick_device(arguments.device)
-    model = GPTModel.from_pretrained(arguments.model, dtype=torch.bfloat16 if device.type == "cuda" else None).to(
-        device
-    )
+    default = torch.bfloat16 if device.type == "cuda" else None
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else default
+    model = GPTModel.from_pretrained(arguments.model, dtype=dtype).to(device)
     source = BUNDLED if arguments.model == "bundled" else arguments.model
     path = Path(source)
     tokenizer = load_tokenizer(path if path.is_dir() else path.parent if path.is_file() else "gpt2")
