@@ -18,9 +18,10 @@ from fastgpt.model import GPTModel
 from fastgpt.tokenizer import load_tokenizer
 from fastgpt.weights import BUNDLED
 
+# No line end behind it: GPT-2's pattern makes one token of a line end and the spaces after it, so that the model, which has seen
+# no other, would go on unindented.
 PROMPT = '''def read_lines(path, encoding="utf-8"):
-    """Return the lines of a text file, without their line ends."""
-'''
+    """Return the lines of a text file, without their line ends."""'''
 LENGTHS = (64, 256, 1024)
 NEW_TOKENS = 24
 
@@ -52,8 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
         model,
         [tokenizer.encode(PROMPT)],
         arguments.max_new_tokens,
-        temperature=0.6,
-        top_p=0.9,
+        temperature=0.7,
+        top_p=0.95,
+        repetition_penalty=1.05,
         stop_tokens=() if tokenizer.end_of_text is None else (tokenizer.end_of_text,),
         generator=torch.Generator(device=device).manual_seed(arguments.seed),
         stream=True,
