@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -56,9 +57,11 @@ PREFILL_SIZES = {
     **SIZES,
     "cpu": [("gpt2", 1, prompt, 1) for prompt in (64, 256)],
 }
+DTYPES = {"gpu": (torch.bfloat16,), "cpu": (torch.float32, torch.bfloat16), "dry": (torch.float32,)}
 UNCACHED = ("fastgpt, no cache", "llms_from_scratch", "nanoGPT")
 UNCACHED_TOKENS = 8
 SAMPLED = {"temperature": 0.8, "top_k": 50}
+BF16_ON_A_CPU = (OURS, "fastgpt, int8", "transformers")
 DRAWN = ("fastgpt, fused sampler", "fastgpt, torch sampler")
 
 # Providers that would hold up a stage for minutes, or have nothing to show there: the most rows that they get, and why.
@@ -90,9 +93,9 @@ def generation_work(config: GPTConfig, batch: int, prompt: int, new: int, itemsi
 
 
 def cases(benchmark: str, scale: str) -> Iterator[Case]:
-    dtype = torch.bfloat16 if scale == "gpu" else torch.float32
     first_token = benchmark == "prefill"
-    for model, batch, prompt, new in (PREFILL_SIZES if first_token else SIZES)[scale]:
+    sizes, dtypes = (PREFILL_SIZES, DTYPES[scale][:1]) if first_token else (SIZES, DTYPES[scale])
+    for dtype, (model, batch, prompt, new) in itertools.product(dtypes, sizes[scale]):
         new = 1 if first_token else new
         work = generation_work(config(model), batch, prompt, new, dtype.itemsize)
         size = {"model": model, "batch": batch, "prompt": prompt, "new": new}
@@ -103,10 +106,13 @@ def prepare(name: str, case: Case) -> Candidate:
     most, why = MOST_ROWS.get(name, (case.size["batch"], ""))
     if case.size["batch"] > most:
         raise Absent(why)
+    if device().type == "cpu" and not interpreting():
+        if case.dtype == "bfloat16" and name not in BF16_ON_A_CPU:
+            raise Absent("compared in fp32: two tables of everything would take a CPU too long")
+        if case.dtype == "float32" and name == "fastgpt, int8":
+            raise Absent("on a CPU int8 weights save time in bf16 alone")
     model = spread_model(case.size["model"], case.torch_dtype)
     if name == "fastgpt, int8":
-        if device().type != "cuda" and not interpreting():
-            raise Absent("a CPU makes weights of the integers in each forward: that saves memory, and no time")
         model = quantize(model)  # the one whose tokens they must be
     generate = GENERATORS[name](model, case)
     return candidate(generate, model, case, name in UNCACHED, check_drawn(generate) if name in DRAWN else check_greedy)

@@ -38,6 +38,15 @@ def headline(results: Path) -> str:
         f"transformers, which gives {theirs['rate']:.1f}, it is\n{ratio(theirs)} as fast. What has to be read and computed "
         f"would allow {100 * ours['rate'] / ours['percent_of_floor']:.1f} tokens/s."
     )
+    halves = [r for r in rows if r["benchmark"] == "generate" and r["dtype"] == "bfloat16" and r["status"] == "ok"]
+    if halves:
+        ours, theirs, int8 = (
+            next(r for r in halves if r["provider"] == name) for name in (OURS, "transformers", "fastgpt, int8")
+        )
+        sentence += (
+            f" In bf16 it is {ratio(theirs)} as fast as\ntransformers there, {ours['rate']:.1f} tokens/s against "
+            f"{theirs['rate']:.1f}; {int8['rate']:.1f} with int8 weights."
+        )
     return sentence + ("" if _gpus(results) else " On a GPU nothing has been measured yet.")
 
 
