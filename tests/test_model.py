@@ -8,11 +8,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import assert_as_accurate_as_torch
 from models import TINY, spread, tiny_config, tiny_model
 from nanogpt_oracle import NanoGPT
 from torch import nn
 
-from fastgpt import GPTModel, KVCache
+from fastgpt import GPTModel, KVCache, decoder, quantize
 from fastgpt.config import ContextLengthError, TokenIdError
 
 
@@ -360,3 +361,29 @@ def test_bad_ids_are_named_before_anything_runs(idx, kind, message):
 def test_targets_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"targets must have idx's shape \(1, 3\), got \(1, 2\)"):
         tiny_model().loss(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("int8", [False, True], ids=["plain", "int8"])
+def test_a_cpus_decoder_is_as_accurate_as_the_modules(rows, dtype, int8, monkeypatch):
+    """One new token a row, beside the same model's modules and float64."""
+    model = tiny_model(emb_dim=64).to(dtype)
+    model = quantize(model) if int8 else model
+    calls = []
+    decode = decoder.decode
+    monkeypatch.setattr(decoder, "decode", lambda *args: calls.append(1) or decode(*args))
+    idx = torch.randint(101, (rows, 9))
+
+    @torch.no_grad()
+    def last(model):
+        cache = KVCache(model.config, rows, 16, next(model.parameters()).dtype)
+        model(idx[:, :-1], cache=cache)
+        return model(idx[:, -1:], cache=cache)
+
+    got = last(model)
+    assert len(calls) == 1
+    model.trf_blocks[0].att.register_forward_hook(lambda *args: None)  # which the decoder would not run
+    peer = last(model)
+    assert len(calls) == 1
+    assert_as_accurate_as_torch(got, peer, last(copy.deepcopy(model).double()))
