@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.generate import weight_bytes
 from benchmarks.graphed import GraphedLoop
-from benchmarks.harness import OURS, Absent, Benchmark, Candidate, Case, Work, device
+from benchmarks.harness import INT8, OURS, Absent, Benchmark, Candidate, Case, Work, device
 from benchmarks.models import check_greedy, on_kernels, spread_model
 from benchmarks.models import config as shape
 from benchmarks.op import interpreting
@@ -131,7 +131,7 @@ def graphed(model: GPTModel, context: Tensor, tokens: int) -> tuple[Burst, GPTMo
 PROVIDERS = {
     OURS: functools.partial(prepare, engine),
     **{f"fastgpt, design {name}": functools.partial(prepare, design(name)) for name in decoder.DESIGNS},
-    "fastgpt, int8": functools.partial(prepare, int8),
+    INT8: functools.partial(prepare, int8),
     "cuBLAS and SDPA in a CUDA graph": functools.partial(prepare, graphed),
 }
 BENCHMARKS = (Benchmark("token", "decode", lambda scale: list(cases(scale)), PROVIDERS),)

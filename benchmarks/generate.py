@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.graphed import GraphedLoop
-from benchmarks.harness import OURS, Absent, Benchmark, Candidate, Case, Work, Wrong, device, needs_cuda
+from benchmarks.harness import INT8, OURS, Absent, Benchmark, Candidate, Case, Work, Wrong, device, needs_cuda
 from benchmarks.models import (
     book_model,
     check_greedy,
@@ -61,13 +61,13 @@ DTYPES = {"gpu": (torch.bfloat16,), "cpu": (torch.float32, torch.bfloat16), "dry
 UNCACHED = ("fastgpt, no cache", "llms_from_scratch", "nanoGPT")
 UNCACHED_TOKENS = 8
 SAMPLED = {"temperature": 0.8, "top_k": 50}
-BF16_ON_A_CPU = (OURS, "fastgpt, int8", "transformers")
+BF16_ON_A_CPU = (OURS, INT8, "transformers")
 DRAWN = ("fastgpt, fused sampler", "fastgpt, torch sampler")
 
 # Providers that would hold up a stage for minutes, or have nothing to show there: the most rows that they get, and why.
 MOST_ROWS = {
     **dict.fromkeys(UNCACHED, (8, "it computes every position again for each token: minutes at that many rows")),
-    "fastgpt, int8": (8, "int8 weights are read as such for up to 8 rows"),
+    INT8: (8, "int8 weights are read as such for up to 8 rows"),
     "fastgpt, prompt lookup": (32, "guesses pay while weights, not products, are what a forward waits for"),
 }
 
@@ -109,10 +109,10 @@ def prepare(name: str, case: Case) -> Candidate:
     if device().type == "cpu" and not interpreting():
         if case.dtype == "bfloat16" and name not in BF16_ON_A_CPU:
             raise Absent("compared in fp32: two tables of everything would take a CPU too long")
-        if case.dtype == "float32" and name == "fastgpt, int8":
+        if case.dtype == "float32" and name == INT8:
             raise Absent("on a CPU int8 weights save time in bf16 alone")
     model = spread_model(case.size["model"], case.torch_dtype)
-    if name == "fastgpt, int8":
+    if name == INT8:
         model = quantize(model)  # the one whose tokens they must be
     generate = GENERATORS[name](model, case)
     return candidate(generate, model, case, name in UNCACHED, check_drawn(generate) if name in DRAWN else check_greedy)
@@ -287,7 +287,7 @@ GENERATORS: dict[str, Callable[[GPTModel, Case], Generate]] = {
     OURS: lambda model, case: on_kernels(model.generate),
     "fastgpt, no cache": lambda model, case: on_kernels(functools.partial(model.generate, use_cache=False)),
     **{f"fastgpt, design {name}": other_design(name) for name in decoder.DESIGNS},
-    "fastgpt, int8": lambda model, case: on_kernels(model.generate),
+    INT8: lambda model, case: on_kernels(model.generate),
     "fastgpt, prompt lookup": lambda model, case: on_kernels(functools.partial(model.generate, lookup=8)),
     **{name: drawing(name.removeprefix("fastgpt, ").removesuffix(" sampler")) for name in DRAWN},
     "reference": reference_cached,

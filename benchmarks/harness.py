@@ -30,6 +30,7 @@ SAMPLE_SECONDS = 3e-3
 MAX_GRAPH_NODES = 4000
 
 OURS = "fastgpt"
+INT8 = f"{OURS}, int8"  # of other weights: those rounded to 8 bits
 
 
 class Absent(Exception):

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.floors import rate
 from benchmarks.growth import growth, power
-from benchmarks.harness import OURS
+from benchmarks.harness import INT8, OURS
 from benchmarks.report import ahead_lines, left_out, load, machine, markdown, number, ratio
 
 Row = dict[str, Any]
@@ -32,7 +32,7 @@ def headline(results: Path) -> str:
     """One sentence: generation on the CPU, and what is known of a GPU."""
     _, _, rows = load(results / "cpu")
     first = _first_case(rows, "generate")
-    ours, theirs = (next(r for r in first if r["provider"] == name) for name in (OURS, "transformers"))
+    ours, theirs = _of(first, OURS, "transformers")
     sentence = (
         f"On two CPU cores it decodes GPT-2 124M (fp32, batch 1) at {ours['rate']:.1f} tokens/s; timed in turn with "
         f"transformers, which gives {theirs['rate']:.1f}, it is\n{ratio(theirs)} as fast. What has to be read and computed "
@@ -40,9 +40,7 @@ def headline(results: Path) -> str:
     )
     halves = [r for r in rows if r["benchmark"] == "generate" and r["dtype"] == "bfloat16" and r["status"] == "ok"]
     if halves:
-        ours, theirs, int8 = (
-            next(r for r in halves if r["provider"] == name) for name in (OURS, "transformers", "fastgpt, int8")
-        )
+        ours, theirs, int8 = _of(halves, OURS, "transformers", INT8)
         sentence += (
             f" In bf16 it is {ratio(theirs)} as fast as\ntransformers there, {ours['rate']:.1f} tokens/s against "
             f"{theirs['rate']:.1f}; {int8['rate']:.1f} with int8 weights."
@@ -176,6 +174,10 @@ def imports(rows: Sequence[Row]) -> str:
 def _first_case(rows: Sequence[Row], name: str) -> list[Row]:
     found = [r for r in rows if r["benchmark"] == name]
     return [r for r in found if r["case"] == found[0]["case"]]
+
+
+def _of(rows: Sequence[Row], *providers: str) -> list[Row]:
+    return [next(row for row in rows if row["provider"] == name) for name in providers]
 
 
 def _gpus(results: Path) -> list[Path]:

@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.floors import rate
 from benchmarks.floors import table as floors_table
 from benchmarks.growth import growth, power
-from benchmarks.harness import OURS, timing
+from benchmarks.harness import INT8, OURS, timing
 from benchmarks.record import RESULTS, ROOT, machine_name
 from benchmarks.train_step import peak_tflops
 
@@ -151,7 +151,7 @@ def derived(row: Row, floors: Sequence[Row], run: dict) -> Row:
 
 def behind(rows: Sequence[Row]) -> list[Row]:
     """Rows of peers that were faster than fastgpt beyond the noise, the fastest first: four ratios in five are below 1."""
-    same = [row for row in rows if row.get("provider") != f"{OURS}, int8"]  # whose weights are others
+    same = [row for row in rows if row.get("provider") != INT8]
     found = [row for row in same if row.get("fastgpt_is", 1.0) < NEARLY and row.get("fastgpt_is_p80", 1.0) < 1.0]
     return sorted(found, key=lambda row: row["fastgpt_is"])
 

@@ -99,7 +99,11 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     """x @ (scale[:, None] * weight).T + bias. x [..., K], weight int8 [N, K], scale fp32 [N], bias [N] -> [..., N] in x's dtype.
 
     The integers are exact in every dtype but float16, whose sums could overflow before they are scaled: it is computed in fp32.
+    Autocast, which may be to float16, is off inside.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return int8_linear(x, weight, scale, bias)
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     if (

@@ -102,6 +102,13 @@ def test_products_on_a_cpu(rows, dtype, bias):
     assert_as_accurate_as_torch(quantized(x.requires_grad_()), peer, exact, "with gradients")
 
 
+def test_products_on_a_cpu_under_autocast_do_not_overflow():
+    quantized, x = Int8Linear(nn.Linear(768, 64)), torch.full((2, 768), 100.0)
+    exact = F.linear(x.double(), quantized.weight.double() * quantized.scale.double()[:, None], quantized.bias.double())
+    with torch.autocast("cpu", torch.float16):
+        torch.testing.assert_close(quantized(x).double(), exact, rtol=1e-5, atol=1e-3)
+
+
 def test_gradients_reach_the_input():
     linear = nn.Linear(24, 40).double()
     quantized, x = Int8Linear(linear), torch.randn(5, 24, dtype=torch.float64, requires_grad=True)

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from fastgpt.checkpoints.layouts import same
-from fastgpt.checkpoints.names import DTYPES, differences
+from fastgpt.checkpoints.names import differences
+from fastgpt.commands.options import DTYPE_FLAGS
 from fastgpt.config import GPTConfig
 from fastgpt.model import GPTModel
 from fastgpt.weights import FORMATS, Loaded, load, padded, save_as, widened
 
 HELP = "Convert a checkpoint to another program's format, and check the result by its logits."
 
-DTYPE_FLAGS = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 # What a format may be unable to say -> the word that gives it up.
 DROPS = {"tie_weights": "head", "head_bias": "head_bias", "activation": "activation", "norm_eps": "norm_eps"}
 # The files of a checkpoint, which --force replaces; a tokenizer beside them stays.

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
+from fastgpt.checkpoints.names import DTYPES
 from fastgpt.model import GPTModel
 from fastgpt.tokenizer import Tokenizer, load_tokenizer
 from fastgpt.weights import BUNDLED, HUB_NAMES
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPE_FLAGS = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
 
 def model_option(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +30,7 @@ def device_option(parser: argparse.ArgumentParser) -> None:
 def dtype_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=list(DTYPE_FLAGS),
         help="of the parameters; default: bfloat16 on CUDA, else the file's, at least float32",
     )
 
@@ -50,8 +51,7 @@ def pick_device(name: str | None) -> torch.device:
 def load_model(arguments: argparse.Namespace) -> tuple[GPTModel, Tokenizer]:
     """The model of --model on --device in --dtype, and its tokenizer."""
     device = pick_device(arguments.device)
-    default = torch.bfloat16 if device.type == "cuda" else None
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else default
+    dtype = DTYPE_FLAGS.get(arguments.dtype, torch.bfloat16 if device.type == "cuda" else None)
     model = GPTModel.from_pretrained(arguments.model, dtype=dtype).to(device)
     source = BUNDLED if arguments.model == "bundled" else arguments.model
     path = Path(source)

@@ -16,11 +16,7 @@ iterations, and whose products are still on their way is the tile of this one.
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from typing import NamedTuple
-
-import triton
 
 _FILLS = ("LDGSTS", "UTMALDG", "STS", "STSM")
 _NO_REGISTER_OUT = (
@@ -65,17 +61,8 @@ class Product(NamedTuple):
     waited: bool  # for, by its warp group
 
 
-def disassemble(cubin: bytes) -> str:
-    """SASS."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
 def parse(sass: str) -> list[Instruction]:
-    """The instructions of nvdisasm's output, in order."""
+    """The instructions of what `nvdisasm -c` prints, in order."""
     labels: dict[str, int] = {}
     found: list[tuple[str, str, str, str]] = []
     for line in sass.splitlines():
@@ -159,8 +146,8 @@ def races(instructions: list[Instruction]) -> list[str]:
                 found.add(f"{here} writes the left operand of {whose}, which may still read it")
             if not product.waited and instruction.name != "HGMMA" and used & accumulators[product.at]:
                 found.add(f"{here} uses the accumulators of {whose} before they are waited for")
-            this_iteration = not product.earlier and loop_of(at) is not None and loop_of(at) == loop_of(product.at)
-            if instruction.name in _FILLS and not this_iteration:
+            this_tile = not product.earlier and loop_of(at) is not None and loop_of(at) == loop_of(product.at)
+            if instruction.name in _FILLS and not this_tile:
                 why = "no barrier since it was waited for" if product.waited else "it is not waited for"
                 found.add(f"{here} fills shared memory that {whose} may still read: {why}")
         return found

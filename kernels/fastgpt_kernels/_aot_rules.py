@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from ._aot_cases import STREAM, Kind
-from ._aot_races import disassemble, parse, races
+from ._aot_races import parse, races
 from ._launch import SM_COUNT, Launch
 
 TMA = 128  # counted as the width of a copy by the tensor memory accelerator, which fetches rows of a tile
@@ -100,7 +100,7 @@ def read_nvidia(row: Row, cubin: bytes, ptx: str, warps: int, chip: Chip) -> Non
     row.early_load = max(_loads(before), default=0) if wait else -1
     row.releases = "griddepcontrol.launch_dependents" in ptx
     if row.tensor_core == "wgmma":
-        instructions = parse(disassemble(cubin))
+        instructions = parse(_printed(triton.knobs.nvidia.nvdisasm.path, "-c", cubin))
         row.products = sum(instruction.name == "HGMMA" for instruction in instructions)
         row.races = races(instructions)
 
@@ -116,13 +116,17 @@ def _loads(ptx: str) -> list[int]:
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers a thread, and bytes of its stack: kernels without local arrays have one only to spill to."""
+    usage = _printed(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin)
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
+    return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
+
+
+def _printed(tool: str, option: str, cubin: bytes) -> str:
+    """What one of NVIDIA's tools says of the cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
-    return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def read_amd(row: Row, assembly: str) -> None:

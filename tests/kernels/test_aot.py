@@ -10,9 +10,12 @@ import sys
 import textwrap
 
 import pytest
+import torch
 
 from fastgpt_kernels import _aot_cases, aot
 from fastgpt_kernels._aot_races import parse, races
+from fastgpt_kernels._aot_rules import Row, judge
+from fastgpt_kernels._launch import Launch
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -319,3 +322,12 @@ def test_races_of_asynchronous_products(at, instead, races_at, kind, products):
         for race in found
         if f"product at {product:#x}" in race and kind in race
     } == {*products}
+
+
+def test_races_and_unread_products_fail_the_gate():
+    row = Row(
+        "op", "case", "kernel", "sm90", "", 1, spilled=0, tensor_core="wgmma", programs=1, products=0, races=["a race"]
+    )
+    x = torch.empty(8, device="meta")
+    problems = judge(row, Launch(None, (1,), (x,), {}), {}, 90, {"kernel": _aot_cases.Kind(lambda arguments: 1.0)})
+    assert problems == ["has a wgmma that was not found in its machine code, and so not looked at for races", "a race"]
