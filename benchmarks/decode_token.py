@@ -116,30 +116,10 @@ def dependent(*arguments: Any) -> Tensor:
     return decode_token(*arguments, pdl=True)
 
 
-# Addresses and barrier of one kernel by its weights: made in a first call, which no graph captures.
-_state: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-
-
-@fused
-def one_kernel(tokens, positions, weights, keys, values, buffers) -> Tensor:
-    from fastgpt_kernels.decode_persistent import decode_persistent, layer_pointers
-
-    addresses = tuple(t.data_ptr() for layer in weights.layers for t in layer)
-    if addresses not in _state or tokens.is_meta:
-        _state[addresses] = layer_pointers(weights), torch.zeros(3, dtype=torch.int32, device=tokens.device)
-    return decode_persistent(tokens, positions, weights, *_state[addresses], keys, values, buffers)
-
-
 def dependent_peer(case: Case) -> Callable[..., Tensor]:
     if interpreting() or torch.cuda.get_device_capability() < (9, 0):
         raise Absent("dependent launch came with compute capability 9.0")
     return dependent
-
-
-def one_kernel_peer(case: Case) -> Callable[..., Tensor]:
-    if case.size["B"] > 1:
-        raise Absent("for a single row only")
-    return one_kernel
 
 
 TOKEN = Op(
@@ -149,12 +129,9 @@ TOKEN = Op(
     SIZES,
     peers={
         "fastgpt, dependent": dependent_peer,
-        "fastgpt, one kernel": one_kernel_peer,
         "cuBLAS and SDPA": cublas,
     },
     direct=kernels,
     plain=plain,
 )
-_SINGLE = {scale: [size for size in sizes if size["B"] == 1] for scale, sizes in SIZES.items()}
-ONE_KERNEL = Op("decode_token", inputs, {"forward": work}, _SINGLE, direct=one_kernel, plain=plain)  # for the sweep
 OPS = (TOKEN,)

@@ -168,8 +168,6 @@ def other_design(name: str) -> Callable[[GPTModel, Case], Generate]:
             raise Absent("the engine's designs are a GPU's")
         if name == decoder.DESIGN:
             raise Absent("it is what fastgpt runs")
-        if name == "one kernel" and case.size["batch"] > 1:
-            raise Absent("for a single row only")
         if name == "dependent" and interpreting():
             raise Absent("Triton's interpreter has no dependent launch")
         if name == "dependent" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):

@@ -169,10 +169,6 @@ def constants() -> dict[str, Constant]:
         Constant("token-project-rows", "decode_token.PROJECT_ROWS", decode_token.TOKEN, "forward", (4, 8, 16)),
         Constant("token-head-rows", "decode_token.HEAD_ROWS", decode_token.TOKEN, "forward", (8, 16, 32)),
         Constant("token-split", "decode_token.SPLIT_KEYS", decode_token.TOKEN, "forward", (64, 128, 256)),
-        Constant(
-            "one-kernel-tile", "decode_persistent.TILE_BYTES", decode_token.ONE_KERNEL, "forward", (8192, 16384, 32768)
-        ),
-        Constant("one-kernel-warps", "decode_persistent.NUM_WARPS", decode_token.ONE_KERNEL, "forward", (4, 8, 16)),
         Constant("sample-split", "sampling._SPLIT", sampling.DRAW, "forward", (1024, 2048, 4096, 8192)),
         Constant("sample-chunk", "sampling._CHUNK", sampling.FILTERED, "forward", (2048, 4096, 8192)),
     )

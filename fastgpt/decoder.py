@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
+from types import ModuleType
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -135,9 +136,8 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None
 
 
 # How a token is launched: "kernels", five a layer; "dependent", each of them starting while the one before runs out (sm90 and
-# later); "one kernel", with a grid barrier between phases, for a single row. The first until the others are measured on a named
-# GPU: what they save is launches and waiting, what the last one pays is its barriers.
-DESIGNS = ("kernels", "dependent", "one kernel")
+# later). The first until the other is measured on a named GPU: what it saves is launches and waiting.
+DESIGNS = ("kernels", "dependent")
 DESIGN = "kernels"
 
 # Positions of a cache come in multiples of this, so that calls of nearby lengths share an engine and its graph.
@@ -174,12 +174,11 @@ class Engine:
         self._step = Graph([self.positions], self.device)
         self._loops: dict[Any, Loop] = {}
 
-    def _fuse(self, modules: tuple[Any, Any] | str) -> Callable[[], Tensor] | None:
+    def _fuse(self, kernels: ModuleType | str) -> Callable[[], Tensor] | None:
         """What launches a token's fused kernels, or None where they don't apply."""
         config, cache, B = self.config, self.cache, len(self.tokens)
-        if isinstance(modules, str) or B > modules[0].MAX_BATCH or config.hidden_dim > modules[0].MAX_WIDTH:
+        if isinstance(kernels, str) or B > kernels.MAX_BATCH or config.hidden_dim > kernels.MAX_WIDTH:
             return None
-        kernels, persistent = modules
         token, layers = self.plan.token, tuple(kernels.LayerWeights(*_flat(block)) for block in self.plan.blocks)
         assert token is not None
         scales = [kernels.LayerScales(*block.scales) for block in self.plan.blocks if block.scales is not None]
@@ -188,10 +187,6 @@ class Engine:
         self._buffers = kernels.token_buffers(weights, B, config.n_heads, cache.max_length, config.vocab_size)
         state = self.tokens, self.positions, weights
         rest = cache.keys, cache.values, self._buffers, config.activation, config.norm_eps
-        if DESIGN == "one kernel" and B == 1 and persistent.persistent_obstacle(weights) is None:
-            pointers = persistent.layer_pointers(weights)
-            barrier = torch.zeros(3, dtype=torch.int32, device=self.device)
-            return lambda: persistent.decode_persistent(*state, pointers, barrier, *rest)
         return lambda: kernels.decode_token(*state, *rest, pdl=DESIGN == "dependent")
 
     @property
@@ -331,11 +326,11 @@ def obstacle(plan: Plan, config: GPTConfig, batch_size: int) -> str | None:
     if plan.quantized:
         if plan.token.head_scale is None or any(block.scales is None for block in plan.blocks):
             return "some matrices are int8 and others are not"
-        modules = ops.token_kernels(plan.token.tokens.device, plan.token.tokens.dtype)
-        if isinstance(modules, str):
-            return modules
-        if batch_size > modules[0].MAX_BATCH or config.hidden_dim > modules[0].MAX_WIDTH:
-            return f"int8 weights are for {modules[0].MAX_BATCH} rows of width {modules[0].MAX_WIDTH}, at most"
+        kernels = ops.token_kernels(plan.token.tokens.device, plan.token.tokens.dtype)
+        if isinstance(kernels, str):
+            return kernels
+        if batch_size > kernels.MAX_BATCH or config.hidden_dim > kernels.MAX_WIDTH:
+            return f"int8 weights are for {kernels.MAX_BATCH} rows of width {kernels.MAX_WIDTH}, at most"
         dtypes.discard(torch.int8)
     if len(dtypes) > 1 or len(devices) > 1:
         return f"the parameters are not of one dtype and device: {sorted(map(str, dtypes | devices))}"

@@ -116,17 +116,17 @@ def _module(op: str, x: Tensor) -> ModuleType:
     return fastgpt_kernels
 
 
-def token_kernels(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, ModuleType] | str:
-    """`fastgpt_kernels.decode_token` and `.decode_persistent`, a whole token in fused kernels; or why they can't run there.
+def token_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | str:
+    """`fastgpt_kernels.decode_token`, a whole token in fused kernels; or why they can't run there.
 
     It has no counterpart in the reference: where it doesn't run, the modules do.
     """
     choice, why = explain("decode_token", device, dtype)
     if choice == "reference":
         return why
-    from fastgpt_kernels import decode_persistent, decode_token
+    from fastgpt_kernels import decode_token
 
-    return decode_token, decode_persistent
+    return decode_token
 
 
 def sampler_kernels(sampler: str, device: torch.device, dtype: torch.dtype, greedy: bool = False) -> ModuleType | None:

@@ -68,17 +68,7 @@ def engine_logits(model: GPTModel, prompt: list[int], forced: list[int]) -> Tens
     return torch.stack(logits)
 
 
-DESIGNS = ["kernels", "one kernel"]
-
-
-@pytest.fixture
-def design(request, monkeypatch) -> str:
-    monkeypatch.setattr(decoder, "DESIGN", request.param)
-    return request.param
-
-
-@pytest.mark.parametrize("design", DESIGNS, indirect=True)
-def test_float32_tokens_are_the_exact_ones(design, device):
+def test_float32_tokens_are_the_exact_ones(device):
     model = model_of(torch.float32, device)
     (prompt,), n = prompts_of(model, 1), tokens_to_make(device)
     with use_backend("triton"):
@@ -87,8 +77,7 @@ def test_float32_tokens_are_the_exact_ones(design, device):
     assert tokens == exact.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("design", DESIGNS, indirect=True)
-def test_low_precision_tokens_are_exact_until_two_logits_are_within_the_error(design, device):
+def test_low_precision_tokens_are_exact_until_two_logits_are_within_the_error(device):
     model = model_of(LOW, device)
     (prompt,), n = prompts_of(model, 1), tokens_to_make(device)
     with use_backend("triton"):
@@ -118,8 +107,7 @@ def test_a_row_is_the_same_bits_whoever_is_beside_it(batch, device):
     assert first.logprobs == second.logprobs
 
 
-@pytest.mark.parametrize("design", DESIGNS, indirect=True)
-def test_repeats_are_bit_equal(design, device):
+def test_repeats_are_bit_equal(device):
     model = model_of(LOW, device)
     (prompt,), repeats = prompts_of(model, 1), 250 if device.type == "cuda" else 3
     ids = torch.randint(model.config.vocab_size, (6,)).tolist()

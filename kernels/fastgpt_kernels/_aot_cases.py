@@ -82,7 +82,6 @@ KINDS: dict[str, Kind] = {
     "_token_qkv_kernel": _streaming("C"),
     "_token_attend_kernel": Kind(weights=False),  # the cache, to which the kernel before has just added
     "_token_matrix_kernel": _streaming("K"),
-    "_token_persistent_kernel": STREAM,
     "_sample_filter_kernel": STREAM,
     "_sample_draw_kernel": STREAM,
     "_sample_pick_kernel": STREAM,
@@ -289,7 +288,6 @@ def decode_attention_cases(scope: Scope) -> Iterator[Case]:
 
 
 def decode_token_cases(scope: Scope) -> Iterator[Case]:
-    from . import decode_persistent
     from . import decode_token as ops
 
     def run(dtype: torch.dtype, width: int, heads: int, batch: int, how: str) -> None:
@@ -313,18 +311,12 @@ def decode_token_cases(scope: Scope) -> Iterator[Case]:
         keys, values = (meta(2, batch, heads, 1024, width // heads, dtype=dtype) for _ in range(2))
         tokens, positions = meta(batch, dtype=torch.int64), meta(batch, dtype=torch.int32)
         buffers = ops.token_buffers(weights, batch, heads, 1024, VOCABULARY)
-        if how.startswith("one kernel"):
-            pointers, barrier = decode_persistent.layer_pointers(weights), meta(3, dtype=torch.int32)
-            decode_persistent.decode_persistent(tokens, positions, weights, pointers, barrier, keys, values, buffers)
-        else:
-            ops.decode_token(tokens, positions, weights, keys, values, buffers, pdl=how.startswith("pdl"))
+        ops.decode_token(tokens, positions, weights, keys, values, buffers, pdl=how.startswith("pdl"))
 
     for name, dtype, width, variants in scope.over(scope.widths):
-        ways = [("", 8), ("pdl", 1), ("one kernel", 1), ("int8", 8), *([("", 1), ("pdl", 8)] if variants else [])]
+        ways = [("", 8), ("pdl", 1), ("int8", 8), *([("", 1), ("pdl", 8)] if variants else [])]
         if variants:
             ways += [("int8", 1), ("pdl int8", 1)]
-        if variants or width == scope.widths[0]:
-            ways.append(("one kernel int8", 1))
         for how, batch in ways:
             label = f"{name} C={width} B={batch} {how}".strip()
             yield Case("decode_token", label, partial(run, dtype, width, WIDTHS[width], batch, how))

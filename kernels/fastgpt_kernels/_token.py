@@ -1,7 +1,7 @@
 """What the kernels of one new token are made of: device functions that turn rows of W into outputs.
 
-`decode_token` launches one of them after another; `decode_persistent` walks through all of them in one kernel. The rows of a
-weight are loaded by one function and used by another, so that a caller can wait in between for what they are multiplied with.
+`decode_token` launches one of them after another. The rows of a weight are loaded by one function and used by another, so that
+a caller can wait in between for what they are multiplied with.
 Buffers, shapes and dtypes: see decode_token.
 """
 

@@ -8,7 +8,7 @@ import importlib
 import pytest
 import torch
 from compare import assert_as_accurate_as_torch
-from fused_token import as_one_kernel, persistent, prefilled, small_shares, token_weights
+from fused_token import prefilled, token_weights
 from models import tiny_model
 from mutants import mutant
 
@@ -33,10 +33,7 @@ def _interpretable(request, monkeypatch):
     if not request.node.get_closest_marker("gpu"):
         for name in ("SPLIT_KEYS", "ROWS", "PROJECT_ROWS", "HEAD_ROWS"):
             monkeypatch.setattr(module, name, getattr(module, name))
-        for name in ("SPLIT_KEYS", "TILE_BYTES"):
-            monkeypatch.setattr(persistent, name, getattr(persistent, name))
         interpretable(module)
-        small_shares(persistent)
 
 
 def stood_for(model: GPTModel, dtype: torch.dtype) -> GPTModel:
@@ -100,13 +97,6 @@ def test_decode_token(name, dtype, device):
     compare(module, model, prompts, model.config.context_length)
 
 
-@pytest.mark.parametrize("name", [name for name in SHAPES if name != "odd width and heads"])
-def test_one_kernel(name, device):
-    changes, _ = SHAPES[name]
-    model = int8_model({"n_layers": 2} | changes | {"context_length": 24}, device=device)
-    compare(as_one_kernel(module), model, [[3] * 20], 24)
-
-
 PHASES = {
     "no scale": ("    if scales is not None:\n        products *= scales\n", ""),
     "scale of the row before": ("scales_ptr + rows, mask", "scales_ptr + tl.maximum(rows - 1, 0), mask"),
@@ -122,26 +112,6 @@ KERNELS = {
     "out's scale on down": ("scales[5], x,", "scales[3], x,"),
     "no head scale": ("weights.head_scale, logits", "None, logits"),
 }
-
-
-ONE_KERNEL = {
-    "queries' scale on keys and values": ("_SCALES + which, head_scale_ptr", "_SCALES, head_scale_ptr"),
-    "up's scale on out": ("_SCALES + 3, head_scale_ptr", "_SCALES + 4, head_scale_ptr"),
-    "up's scale on down": ("_SCALES + 5, head_scale_ptr", "_SCALES + 4, head_scale_ptr"),
-    "queries' scale of the layer before": ("layer + 1, _SCALES, head_scale_ptr", "layer, _SCALES, head_scale_ptr"),
-    "the first tile's scales": (
-        "w, bias, scales = later_w, later_bias, later_scales\n\n\n",
-        "w, bias = later_w, later_bias\n\n\n",
-    ),
-    "no head scale": ("head_ptr, head_bias_ptr, head_scale_ptr, own_v", "head_ptr, head_bias_ptr, None, own_v"),
-}
-
-
-@pytest.mark.parametrize("name", ONE_KERNEL)
-def test_one_kernel_mutants_are_caught(name, device):
-    broken = as_one_kernel(module, small_shares(mutant("decode_persistent", *ONE_KERNEL[name])))
-    with pytest.raises(AssertionError):
-        compare(broken, int8_model({"n_layers": 2}, device=device), [[3] * 4], 16)
 
 
 @pytest.mark.parametrize("name", [*PHASES, *KERNELS])
@@ -182,25 +152,6 @@ def test_generate_takes_the_engine(device, monkeypatch):
         mixed = copy.deepcopy(model)
         mixed.out_head = torch.nn.Linear(32, 101, bias=False).to(device)
         assert "some matrices are int8" in mixed.decode_engine(1, 16)
-
-
-def test_generate_takes_the_one_kernel(device, monkeypatch):
-    """Under that design, with the float64 tokens; a block whose scales don't start at 16 bytes is left to the others."""
-    calls = []
-    one_kernel = persistent.decode_persistent
-    monkeypatch.setattr(persistent, "decode_persistent", lambda *args: calls.append(1) or one_kernel(*args))
-    monkeypatch.setattr(decoder, "DESIGN", "one kernel")
-    model = int8_model({"n_layers": 1}, device=device)
-    with use_backend("reference"):
-        expected = generate(stood_for(model, torch.float64), [[5, 6, 7]], 3)
-    with use_backend("triton"):
-        assert generate(model, [[5, 6, 7]], 3) == expected
-    assert len(calls) >= 2
-    weights = token_weights(module, model)
-    scales = weights.scales[0]
-    shifted = torch.cat((scales.up[:1], scales.up))[1:]
-    odd = weights._replace(scales=(scales._replace(up=shifted),))
-    assert "multiple of 16 bytes" in persistent.persistent_obstacle(odd)
 
 
 def test_a_token_reads_half_of_what_bfloat16_does(monkeypatch):

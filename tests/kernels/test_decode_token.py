@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 from compare import assert_as_accurate_as_torch
-from fused_token import as_one_kernel, persistent, prefilled, small_shares, token_weights
+from fused_token import prefilled, token_weights
 from models import tiny_model
 from mutants import mutant
 
@@ -35,10 +35,7 @@ def _interpretable(request, monkeypatch):
     if not request.node.get_closest_marker("gpu"):
         for name in ("SPLIT_KEYS", "ROWS", "PROJECT_ROWS", "HEAD_ROWS"):
             monkeypatch.setattr(module, name, getattr(module, name))
-        for name in ("SPLIT_KEYS", "TILE_BYTES"):
-            monkeypatch.setattr(persistent, name, getattr(persistent, name))
         interpretable(module)
-        small_shares(persistent)
 
 
 @torch.no_grad()
@@ -105,23 +102,6 @@ def test_decode_token(name, dtype, device):
     changes, prompts = SHAPES[name]
     model = shaped_model(changes, dtype, device)
     compare(module, model, prompts, model.config.context_length)
-
-
-@pytest.mark.parametrize(
-    ("name", "length"), [("one row", 1), *((name, 40) for name in SHAPES if name != "odd width and heads")]
-)
-def test_one_kernel(name, length, device):
-    model = shaped_model({**SHAPES[name][0], "context_length": 48}, torch.float32, device)
-    compare(as_one_kernel(module), model, [[3] * length], 48)
-
-
-def test_one_kernel_says_what_it_cannot_take(device):
-    odd = token_weights(module, shaped_model({"emb_dim": 66, "n_heads": 3}, device=device))
-    assert "rows of 66 elements" in persistent.persistent_obstacle(odd)
-    weights = token_weights(module, shaped_model({}, device=device))
-    assert persistent.persistent_obstacle(weights) is None
-    mixed = weights._replace(layers=(weights.layers[0], weights.layers[1]._replace(up_bias=None)))
-    assert "differ" in persistent.persistent_obstacle(mixed)
 
 
 def test_production_tiles(device, monkeypatch):
@@ -198,7 +178,6 @@ def test_bad_input(change, message, device):
         module.decode_token(**arguments, weights=weights, buffers=buffers)
 
 
-# Of the phases, which decode_token and decode_persistent share.
 MUTANTS = {
     "mean not subtracted": ("tl.where(cols < C, x - mean, 0.0)", "tl.where(cols < C, x, 0.0)"),
     "shift forgotten": ("if shift_ptr is not None:", "if False:"),
@@ -221,13 +200,6 @@ KERNEL_MUTANTS = {
     "x written by none": ("tl.program_id(0) == 0,\n        tokens", "tl.program_id(0) < 0,\n        tokens"),
     "positions stay": ("tl.load(positions_ptr + b) + 1)", "tl.load(positions_ptr + b))"),
 }
-ONE_KERNEL_MUTANTS = {
-    "positions stay": ("tl.load(positions_ptr + b) + 1)", "tl.load(positions_ptr + b))"),
-    "next layer's queries from this one": ("pointers_ptr, layer + 1, 2,", "pointers_ptr, layer, 2,"),
-    "shares one row short": ("tl.minimum(first + size, N)", "tl.minimum(first + size, N - 1)"),
-    "the same tile again": ("w, bias, scales = later_w, later_bias, later_scales\n\n\n", "\n\n\n"),
-    "biases of another": ("pointers_ptr, layer, 13, table_ptr", "pointers_ptr, layer, 15, table_ptr"),
-}
 
 
 def mutated_problem(device):
@@ -246,13 +218,6 @@ def test_mutants_are_caught(name, device):
 @pytest.mark.parametrize("name", KERNEL_MUTANTS)
 def test_kernel_mutants_are_caught(name, device):
     broken = interpretable(mutant("decode_token", *KERNEL_MUTANTS[name]))
-    with pytest.raises(AssertionError):
-        compare(broken, *mutated_problem(device), 48)
-
-
-@pytest.mark.parametrize("name", ONE_KERNEL_MUTANTS)
-def test_one_kernel_mutants_are_caught(name, device):
-    broken = as_one_kernel(module, small_shares(mutant("decode_persistent", *ONE_KERNEL_MUTANTS[name])))
     with pytest.raises(AssertionError):
         compare(broken, *mutated_problem(device), 48)
 
