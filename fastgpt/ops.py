@@ -47,9 +47,8 @@ PREFER_TORCH: dict[str, str] = {
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MIN_CAPABILITY = (8, 0)  # Triton's tl.dot has no tensor-core path before Ampere
 
-# Read once, so that torch.compile sees constants that it can guard.
+# Read once, so that torch.compile sees a constant that it can guard.
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 _backend = os.environ.get("FASTGPT_BACKEND", "auto")
 
 
@@ -79,28 +78,36 @@ def triton_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels can't run on tensors of this device and dtype, or None if they can."""
     if not _TRITON_INSTALLED:
         return "Triton is not installed (pip install triton; Linux only)"
-    if device.type != "cuda" and not _INTERPRETING:
+    if device.type != "cuda" and device.type not in _launchable():
         return f"tensors are on {device.type}; Triton kernels need a CUDA device"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
         return f"compute capability {torch.cuda.get_device_capability(device)} is below {_MIN_CAPABILITY}"
-    if dtype not in _TRITON_DTYPES and not (_INTERPRETING and dtype == torch.float64):
+    if dtype not in _TRITON_DTYPES and not (device.type != "cuda" and dtype == torch.float64):
         return f"dtype {dtype} is not one of {[str(d) for d in _TRITON_DTYPES]}"
     return None
 
 
+def _launchable() -> tuple[str, ...]:
+    """Device types besides "cuda" that kernels run on: the interpreter's, or of what stands in for a GPU. Imports Triton."""
+    from fastgpt_kernels import _launch
+
+    return _launch.device_types()
+
+
 def explain(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """(implementation, reason) that a call of `op` gets here: ("triton" | "reference", why)."""
-    backend, unavailable = current_backend(), triton_unavailable(device, dtype)
+    backend = current_backend()
     if backend == "reference":
         return "reference", "asked for"
+    if backend == "auto" and device.type != "cuda":
+        return "reference", f"tensors are on {device.type}; Triton kernels need a CUDA device"
+    unavailable = triton_unavailable(device, dtype)
     if backend == "triton":
         if unavailable:
             raise ValueError(f"backend 'triton' was asked for, but {op} can't run there: {unavailable}")
         return "triton", "asked for"
     if unavailable:
         return "reference", unavailable
-    if device.type != "cuda":
-        return "reference", f"tensors are on {device.type}; the interpreter runs only when asked for"
     if op in PREFER_TORCH:
         return "reference", PREFER_TORCH[op]
     return "triton", f"CUDA tensors of {str(dtype).removeprefix('torch.')}"

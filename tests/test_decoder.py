@@ -12,8 +12,9 @@ from fused_token import wide_tiles
 from models import tiny_model
 from torch import nn
 
-from fastgpt import GPTModel, decoder, generate, generation, ops, replay, use_backend
+from fastgpt import GPTModel, decoder, generate, generation, replay, use_backend
 from fastgpt.batch import prefill
+from fastgpt_kernels import _launch
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
@@ -315,7 +316,7 @@ def test_the_fused_sampler_names_the_row_that_is_not_usable(model):
             fused(model, [[1], [42]], 2, **options)
 
 
-def test_a_fused_sampler_that_cannot_run_says_why(model, monkeypatch):
+def test_a_fused_sampler_that_cannot_run_says_why(model):
     with (
         use_backend("reference"),
         pytest.raises(ValueError, match=r"sampler 'fused' runs on the Triton backend .* asked for"),
@@ -323,8 +324,11 @@ def test_a_fused_sampler_that_cannot_run_says_why(model, monkeypatch):
         generate(model, PROMPTS, 2, sampler="fused", stream=True)
     with pytest.raises(ValueError, match=r"sampler must be one of \('torch', 'fused'\), got 'fast'"):
         generate(model, PROMPTS, 2, sampler="fast")
-    monkeypatch.setattr(ops, "_INTERPRETING", False)
     on_cpu = tiny_model(n_layers=1)
     for backend in ("auto", "triton"):
-        with use_backend(backend), pytest.raises(ValueError, match="on cpu; Triton kernels need a CUDA device"):
+        with (
+            _launch.launched_by(_launch.GPU()),
+            use_backend(backend),
+            pytest.raises(ValueError, match="on cpu; Triton kernels need a CUDA device"),
+        ):
             on_cpu.generate(torch.tensor([[1]]), 2, sampler="fused")

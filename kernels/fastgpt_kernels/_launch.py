@@ -1,10 +1,11 @@
 """How every kernel is launched, registered with torch, and recorded for ahead-of-time compiling.
 
-`launch(kernel, grid, *args, **constants)` is the only place that starts a Triton kernel. It selects the tensors' own device
-and, inside `record(arch)`, writes the launch down instead of making it: run an op on meta tensors there, and what is
-recorded is what production would launch on that architecture.
+`launch(kernel, grid, *args, **constants)` is the only place that starts a Triton kernel. It hands over to a `Launcher`: the GPU,
+or Triton's interpreter under TRITON_INTERPRET=1, unless `launched_by` says another. Everything that depends on who launches is
+asked of it: which tensors it takes, its architecture, its multiprocessors. `record(arch)` writes launches down instead of
+making them: run an op on meta tensors there, and what is recorded is what production would launch on that architecture.
 
-`register` makes a launcher a `torch.library` op under the namespace `fastgpt`, so that it survives
+`register` makes a launcher function a `torch.library` op under the namespace `fastgpt`, so that it survives
 `torch.compile(fullgraph=True)` and passes `torch.library.opcheck`. Plain `define` and `impl` cost a third of
 `torch.library.custom_op` per call (https://github.com/meta-pytorch/attention-gym, its notes on validating custom ops); autograd
 stays outside, in each file's `torch.autograd.Function`.
@@ -16,7 +17,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy
 import torch
@@ -29,6 +30,59 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 SM_COUNT = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 
 
+class Launcher(Protocol):
+    """Who makes the launches, and what kernels are to be prepared for."""
+
+    device_types: tuple[str, ...]  # of the tensors that it takes
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """`kernel[grid](*args, **kwargs)`; the grid isn't empty."""
+
+    def arch(self, device: torch.device) -> int:
+        """Compute capability as one number: 90 is sm90."""
+
+    def sm_count(self, device: torch.device) -> int:
+        """Streaming multiprocessors."""
+
+
+class GPU:
+    """Launches on the device of a kernel's first tensor."""
+
+    device_types: tuple[str, ...] = ("cuda",)
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensor = next(t for t in (getattr(a, "base", a) for a in args) if isinstance(t, Tensor))  # base: a descriptor's
+        if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+            with torch.cuda.device(tensor.device):
+                kernel[grid](*args, **kwargs)
+        else:
+            kernel[grid](*args, **kwargs)
+
+    def arch(self, device: torch.device) -> int:
+        major, minor = torch.cuda.get_device_capability(device)
+        return major * 10 + minor
+
+    def sm_count(self, device: torch.device) -> int:
+        return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class Interpreter(GPU):
+    """Triton's own, program after program in numpy: on tensors of a GPU with its constants, elsewhere with those of sm90."""
+
+    device_types: tuple[str, ...] = ("cpu", "cuda")
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _check_interpreter()
+        super().launch(kernel, grid, args, kwargs)
+
+    def arch(self, device: torch.device) -> int:
+        return super().arch(device) if device.type == "cuda" else 90
+
+    def sm_count(self, device: torch.device) -> int:
+        # Programs run one after another: a small grid keeps it quick and still shares rows.
+        return super().sm_count(device) if device.type == "cuda" else 4
+
+
 class Launch(NamedTuple):
     """One recorded kernel launch."""
 
@@ -38,43 +92,51 @@ class Launch(NamedTuple):
     kwargs: dict[str, Any]
 
 
-_recording: list[Launch] | None = None
-_recording_arch = 90
+class Recorder:
+    """Writes launches down, as if the device were the full chip of compute capability `arch`."""
+
+    device_types: tuple[str, ...] = ("meta", "cpu", "cuda")
+
+    def __init__(self, arch: int) -> None:
+        self.launches: list[Launch] = []
+        self._arch = arch
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.launches.append(Launch(kernel, grid, args, kwargs))
+
+    def arch(self, device: torch.device) -> int:
+        return self._arch
+
+    def sm_count(self, device: torch.device) -> int:
+        return SM_COUNT.get(self._arch, 132)
+
+
+_launcher: Launcher = Interpreter() if INTERPRETING else GPU()
+
+
+@contextlib.contextmanager
+def launched_by(launcher: Launcher) -> Iterator[None]:
+    """Hand every launch inside to `launcher`. Holds for the whole process, threads included."""
+    global _launcher
+    previous, _launcher = _launcher, launcher
+    try:
+        yield
+    finally:
+        _launcher = previous
 
 
 @contextlib.contextmanager
 def record(arch: int) -> Iterator[list[Launch]]:
     """Collect launches instead of making them, as if the current device were of compute capability `arch` (90 is sm90)."""
-    global _recording, _recording_arch
-    previous = _recording, _recording_arch
-    _recording, _recording_arch = [], arch
-    try:
-        yield _recording
-    finally:
-        _recording, _recording_arch = previous
-
-
-def recording() -> bool:
-    return _recording is not None
+    recorder = Recorder(arch)
+    with launched_by(recorder):
+        yield recorder.launches
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
     """Start `kernel[grid](*args, **kwargs)` on the device of its first tensor; an empty grid is a no-op."""
-    if 0 in grid:
-        return
-    if _recording is not None:
-        _recording.append(Launch(kernel, grid, args, kwargs))
-        return
-    if INTERPRETING:
-        _check_interpreter()
-    tensor = next(
-        t for t in (getattr(a, "base", a) for a in args) if isinstance(t, Tensor)
-    )  # a tensor descriptor's base
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        with torch.cuda.device(tensor.device):
-            kernel[grid](*args, **kwargs)
-    else:
-        kernel[grid](*args, **kwargs)
+    if 0 not in grid:
+        _launcher.launch(kernel, grid, args, kwargs)
 
 
 @functools.cache
@@ -88,23 +150,19 @@ def _check_interpreter() -> None:
         )
 
 
+def device_types() -> tuple[str, ...]:
+    """Types of the devices whose tensors can be launched on now."""
+    return _launcher.device_types
+
+
 def arch(device: torch.device) -> int:
     """Compute capability as one number (90 is sm90); the interpreter counts as sm90."""
-    if _recording is not None:
-        return _recording_arch
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
+    return _launcher.arch(device)
 
 
 def sm_count(device: torch.device) -> int:
     """Streaming multiprocessors of the device."""
-    if _recording is not None:
-        return SM_COUNT.get(_recording_arch, 132)
-    if device.type != "cuda":
-        return 4  # the interpreter runs programs one after another: a small grid keeps it quick and still shares rows
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return _launcher.sm_count(device)
 
 
 def check(condition: bool, message: str) -> None:
@@ -114,14 +172,14 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_device(op: str, **tensors: Tensor | None) -> None:
-    """All tensors on one device that can run Triton: CUDA, or any device under the interpreter or while recording."""
+    """All tensors on one device, of a type that whoever launches takes."""
     given = {name: t for name, t in tensors.items() if t is not None}
     devices = {str(t.device) for t in given.values()}
     if len(devices) != 1:
         where = ", ".join(f"{name} on {tensor.device}" for name, tensor in given.items())
         raise ValueError(f"{op}: all tensors must be on one device, got {where}")
     tensor = next(iter(given.values()))
-    if not (tensor.is_cuda or INTERPRETING or _recording is not None or torch.compiler.is_compiling()):
+    if tensor.device.type not in _launcher.device_types and not torch.compiler.is_compiling():
         raise ValueError(
             f"{op}: Triton kernels need CUDA tensors, got {tensor.device}. Move the tensors to a GPU, use the reference backend, "
             "or set TRITON_INTERPRET=1 before Python starts to run the kernels slowly on the CPU."
@@ -142,10 +200,10 @@ _libraries: dict[str, torch.library.Library] = {}
 
 
 def register(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: make the launcher `impl` the torch op `fastgpt::<name>` of `schema`, with `fake` giving its output shapes.
+    """Decorator: make `impl`, which launches, the torch op `fastgpt::<name>` of `schema`, with `fake` giving its output shapes.
 
     schema: e.g. "_layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)".
-    The decorated name calls the op; inside `record` it calls the launcher itself, since ops on meta tensors run only `fake`.
+    The decorated name calls the op; inside `record` it calls `impl` itself, since ops on meta tensors run only `fake`.
     """
 
     def decorate(impl: Callable[..., Any]) -> Callable[..., Any]:
@@ -161,7 +219,7 @@ def register(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
         op = getattr(getattr(torch.ops, namespace), name).default
 
         def call(*args: Any) -> Any:
-            return impl(*args) if _recording is not None else op(*args)
+            return impl(*args) if isinstance(_launcher, Recorder) else op(*args)
 
         call.__name__, call.__doc__ = impl.__name__, impl.__doc__
         call.op = op  # type: ignore[attr-defined]
