@@ -221,8 +221,10 @@ def attention(
     return _module("attention", q).attention(q, k, v, causal, scale, dropout_p, seed)
 
 
-def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
-    return _module("decode_attention", q).decode_attention(q, k_cache, v_cache, lengths)
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, first: Tensor | None = None
+) -> Tensor:
+    return _module("decode_attention", q).decode_attention(q, k_cache, v_cache, lengths, first)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean") -> Tensor:

@@ -159,19 +159,25 @@ def attention_probabilities(q: Tensor, k: Tensor, causal: bool = True, scale: fl
     return softmax(q @ k.transpose(-2, -1), scale=scale, causal=causal)
 
 
-def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
-    """A few new queries against a cache. q [B, H, T, D], caches [B, H, S, D], lengths int32 [B] -> [B, H, T, D].
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, first: Tensor | None = None
+) -> Tensor:
+    """A few new queries against a cache. q [B, H, T, D], caches [B, H, S, D], lengths and first int32 [B] -> [B, H, T, D].
 
     Row b's cache holds lengths[b] positions, the last T of which are the queries' own; query t sees keys
-    0 .. lengths[b] - T + t. What lies behind lengths[b] is never read into the result, NaN included. A row of length 0 gives
-    zeros.
+    first[b] .. lengths[b] - T + t, from 0 where `first` is None: what pads a row on its left lies before it. What lies behind
+    lengths[b] is never read into the result, NaN included; what lies before `first` counts for nothing, but a NaN there may
+    show. A query that sees no key gives zeros.
     """
     T, S = q.shape[-2], k_cache.shape[-2]
+    keys = torch.arange(S, device=q.device)
     last_key = lengths.to(torch.int64)[:, None] - T + torch.arange(T, device=q.device)
-    visible = torch.arange(S, device=q.device) <= last_key[:, :, None]  # [B, T, S]
-    if T == 1 and bool(visible.all()):
+    visible = keys <= last_key[:, :, None]  # [B, T, S]
+    if first is not None:
+        visible = visible & (keys >= first[:, None, None])
+    if T == 1 and visible.device.type == "cpu" and bool(visible.all()):  # a look that would make a GPU wait
         return F.scaled_dot_product_attention(q, k_cache, v_cache)
-    unused = (torch.arange(S, device=q.device) >= lengths[:, None])[:, None, :, None]
+    unused = (keys >= lengths[:, None])[:, None, :, None]
     k, v = k_cache.masked_fill(unused, 0.0), v_cache.masked_fill(unused, 0.0)
     scores = (q @ k.transpose(-2, -1)).to(_at_least_float32(q.dtype)) * q.shape[-1] ** -0.5
     return _safe_softmax(scores.masked_fill(~visible[:, None], -math.inf)).to(q.dtype) @ v

@@ -277,14 +277,18 @@ def attention_cases(scope: Scope) -> Iterator[Case]:
 def decode_attention_cases(scope: Scope) -> Iterator[Case]:
     from .decode import decode_attention
 
-    def run(dtype: torch.dtype, head_size: int, batch: int, queries: int) -> None:
+    def run(dtype: torch.dtype, head_size: int, batch: int, queries: int, padded: bool = False) -> None:
         q, k, v = (meta(batch, 12, length, head_size, dtype=dtype) for length in (queries, 1024, 1024))
-        decode_attention(q, k, v, meta(batch, dtype=torch.int32))
+        lengths, first = meta(batch, dtype=torch.int32), meta(batch, dtype=torch.int32)
+        decode_attention(q, k, v, lengths, first if padded else None)
 
     for name, dtype, head_size, _ in scope.over(scope.head_sizes, products=True):
         for batch, queries in itertools.product((1, 64), (1, 4)):
             label = f"{name} D={head_size} B={batch} T={queries}"
             yield Case("decode_attention", label, partial(run, dtype, head_size, batch, queries))
+        for queries in (1, 4):
+            label = f"{name} D={head_size} B=64 T={queries} padded"
+            yield Case("decode_attention", label, partial(run, dtype, head_size, 64, queries, True))
 
 
 def decode_token_cases(scope: Scope) -> Iterator[Case]:

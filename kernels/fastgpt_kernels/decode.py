@@ -7,12 +7,14 @@
     q, out             [B, H, T, D]       bf16 | fp16 | fp32 | fp64     T is small; memory of out is [B, T, H, D]
     k_cache, v_cache   [B, H, S, D]       like q; S is the capacity     any strides with a unit last one (else copied)
     lengths            [B]                int32 on the device           positions that row b's cache holds
+    first              [B]                int32 on the device, or None  the first of them that row b's queries see
     out_s, lse_s       [B, H, T, splits]  fp32 (fp64), out_s with D     splits = ceil(S / SPLIT_KEYS)
 
-Query t of row b sees keys 0 .. lengths[b] - T + t. One program owns SPLIT_KEYS keys of one head; a second launch owns one
-query each and adds its splits up in their order. The grid depends on the capacity and the kernels read the length, so a step
-can be captured in a CUDA graph once and replayed as the cache grows; programs behind the length return at once. A split has
-a fixed size rather than a fixed share, so that a row's result, to the bit, depends on neither its batch mates nor the capacity.
+Query t of row b sees keys first[b] .. lengths[b] - T + t. One program owns SPLIT_KEYS keys of one head; a second launch owns
+one query each and adds its splits up in their order. The grid depends on the capacity and the kernels read the length, so a
+step can be captured in a CUDA graph once and replayed as the cache grows; programs behind the length or before `first` return
+at once. A split has a fixed size rather than a fixed share, so that a row's result, to the bit, depends on neither its batch
+mates nor the capacity.
 
 Bound by memory: 2 B H length D * itemsize bytes over the HBM rate, plus an eighth of an itemsize-2 cache's in partial results
 at D = 64 that stay in L2. A single query takes sums of fp32 products instead of `tl.dot`, whose smallest tile is 16 queries.
@@ -65,8 +67,9 @@ def _add_weighted(acc, p, v, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "S"])
 def _decode_split_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, part_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, first_ptr, part_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_lengths,
+    stride_first,
     H, T, S,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
@@ -81,6 +84,10 @@ def _decode_split_kernel(
     end = tl.minimum(length, S)
     if split * BLOCK_N >= end:
         return
+    if first_ptr is not None:
+        first = tl.load(first_ptr + b * stride_first)
+        if (split + 1) * BLOCK_N <= first:
+            return
 
     rows = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = split * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -93,6 +100,8 @@ def _decode_split_kernel(
     else:
         scores = dot_heads(q, k, PRECISION, ACC)
     visible = (cols[None, :] < end) & (cols[None, :] <= length - T + rows[:, None])
+    if first_ptr is not None:
+        visible = visible & (cols[None, :] >= first)
     scores = tl.where(visible, scores * (LOG2_E * D**-0.5), float("-inf"))
     m = tl.max(scores, 1)
     m = tl.where(m == float("-inf"), 0.0, m)
@@ -113,7 +122,7 @@ def _decode_split_kernel(
 
 @triton.jit(do_not_specialize=["T", "S"])
 def _decode_combine_kernel(
-    part_ptr, lse_ptr, lengths_ptr, out_ptr, stride_lengths, stride_ob, stride_oh, stride_ot, H, T, S,
+    part_ptr, lse_ptr, lengths_ptr, first_ptr, out_ptr, stride_lengths, stride_first, stride_ob, stride_oh, stride_ot, H, T, S,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -121,22 +130,25 @@ def _decode_combine_kernel(
     rows = tl.program_id(0) % T + tl.arange(0, 1)
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     used = tl.cdiv(tl.minimum(tl.load(lengths_ptr + b * stride_lengths), S), BLOCK_N)
-    first = tl.program_id(0).to(tl.int64) * tl.cdiv(S, BLOCK_N)
+    begin = 0
+    if first_ptr is not None:
+        begin = tl.maximum(tl.load(first_ptr + b * stride_first), 0) // BLOCK_N
+    row = tl.program_id(0).to(tl.int64) * tl.cdiv(S, BLOCK_N)
 
     m = tl.full([1], float("-inf"), ACC)
-    for start in range(0, used, BLOCK_S):
+    for start in range(begin, used, BLOCK_S):
         splits = start + tl.arange(0, BLOCK_S)
-        lse = tl.load(lse_ptr + first + splits, mask=splits < used, other=float("-inf"))
+        lse = tl.load(lse_ptr + row + splits, mask=splits < used, other=float("-inf"))
         m = tl.maximum(m, tl.max(lse, 0))
     m = tl.where(m == float("-inf"), 0.0, m)
     total = tl.zeros([1], ACC)
     out = zero_head(1, BLOCK_D, BLOCK_E, ACC)
-    for start in range(0, used, BLOCK_S):
+    for start in range(begin, used, BLOCK_S):
         splits = start + tl.arange(0, BLOCK_S)
-        lse = tl.load(lse_ptr + first + splits, mask=splits < used, other=float("-inf"))
+        lse = tl.load(lse_ptr + row + splits, mask=splits < used, other=float("-inf"))
         weights = tl.exp2(lse - m)
         total += tl.sum(weights, 0)
-        parts = load_head(part_ptr, first + splits, D, first + used, D, BLOCK_D, BLOCK_E, True)
+        parts = load_head(part_ptr, row + splits, D, row + used, D, BLOCK_D, BLOCK_E, True)
         out = _add_weighted(out, weights[None, :], parts, ACC)
     out = scale_head(out, (1.0 / tl.where(total == 0.0, 1.0, total))[:, None])
     store_head(out_ptr + b * stride_ob + h * stride_oh, rows, stride_ot, T, out, D)
@@ -146,14 +158,16 @@ def _split_warps(head_size: int) -> int:
     return 4 if head_size <= 96 else 8  # 32 elements a thread of keys and of values at D = 64 and 128
 
 
-def _decode_fake(q, k_cache, v_cache, lengths):
+def _decode_fake(q, k_cache, v_cache, lengths, first):
     B, H, T, D = q.shape
     return q.new_empty(B, T, H, D).transpose(1, 2)
 
 
-@register("_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths) -> Tensor", _decode_fake)
-def decode_attention_fwd(q, k_cache, v_cache, lengths):
-    """q [B, H, T, D], caches [B, H, S, D], lengths [B] -> [B, H, T, D] in [B, T, H, D] memory and q's dtype."""
+@register(
+    "_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? first) -> Tensor", _decode_fake
+)
+def decode_attention_fwd(q, k_cache, v_cache, lengths, first):
+    """q [B, H, T, D], caches [B, H, S, D], lengths and first [B] -> [B, H, T, D] in [B, T, H, D] memory and q's dtype."""
     B, H, T, D = q.shape
     S = k_cache.shape[2]
     out = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -167,8 +181,9 @@ def decode_attention_fwd(q, k_cache, v_cache, lengths):
     launch(
         _decode_split_kernel,
         (B * H * triton.cdiv(T, block_t) * splits,),
-        *(q, k_cache, v_cache, lengths, parts, lse),
-        *(*q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], lengths.stride(0), H, T, S),
+        *(q, k_cache, v_cache, lengths, first, parts, lse),
+        *(*q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], lengths.stride(0)),
+        *(0 if first is None else first.stride(0), H, T, S),
         BLOCK_T=block_t,
         BLOCK_N=SPLIT_KEYS,
         **head,
@@ -178,7 +193,8 @@ def decode_attention_fwd(q, k_cache, v_cache, lengths):
     launch(
         _decode_combine_kernel,
         (B * H * T,),
-        *(parts, lse, lengths, out, lengths.stride(0), *out.stride()[:3], H, T, S),
+        *(parts, lse, lengths, first, out, lengths.stride(0), 0 if first is None else first.stride(0)),
+        *(*out.stride()[:3], H, T, S),
         BLOCK_N=SPLIT_KEYS,
         BLOCK_S=COMBINE_SPLITS,
         **head,
@@ -187,16 +203,19 @@ def decode_attention_fwd(q, k_cache, v_cache, lengths):
     return out
 
 
-def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
-    """A few new queries against a cache. q [B, H, T, D], caches [B, H, S, D], lengths int32 [B] -> [B, H, T, D].
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, first: Tensor | None = None
+) -> Tensor:
+    """A few new queries against a cache. q [B, H, T, D], caches [B, H, S, D], lengths and first int32 [B] -> [B, H, T, D].
 
     Row b's cache holds lengths[b] positions, the last T of which are the queries' own; query t sees keys
-    0 .. lengths[b] - T + t. What lies behind lengths[b] is never read into the result, NaN included. A row of length 0 gives
-    zeros. There is no gradient. Under autocast the result has its dtype; the caches are read as they are stored, since to
-    cast them would cost more than the op. Inputs whose last stride isn't 1 are copied.
+    first[b] .. lengths[b] - T + t, from 0 where `first` is None: what pads a row on its left lies before it. What lies behind
+    lengths[b] is never read into the result, NaN included; what lies before `first` counts for nothing, but a NaN there may
+    show. A query that sees no key gives zeros. There is no gradient. Under autocast the result has its dtype; the caches are
+    read as they are stored, since to cast them would cost more than the op. Inputs whose last stride isn't 1 are copied.
     """
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
-    check_device("decode_attention", **tensors, lengths=lengths)
+    check_device("decode_attention", **tensors, lengths=lengths, first=first)
     check_float("decode_attention", **tensors)
     autocast = q.device.type != "meta" and torch.is_autocast_enabled(q.device.type)
     if autocast and q.dtype != torch.float64:
@@ -214,12 +233,15 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
     check(
         1 <= q.shape[3] <= MAX_HEAD_SIZE, f"decode_attention: head size must be 1 to {MAX_HEAD_SIZE}, got {q.shape[3]}"
     )
-    check(
-        lengths.dtype == torch.int32 and lengths.shape == q.shape[:1],
-        f"decode_attention: lengths must be int32 of shape {tuple(q.shape[:1])}, got {lengths.dtype} {tuple(lengths.shape)}",
-    )
+    for name, rows in (("lengths", lengths), ("first", first)):
+        if rows is not None:
+            check(
+                rows.dtype == torch.int32 and rows.shape == q.shape[:1],
+                f"decode_attention: {name} must be int32 of shape {tuple(q.shape[:1])}, "
+                f"got {rows.dtype} {tuple(rows.shape)}",
+            )
     check(
         not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())),
         "decode_attention has no gradient: call it under torch.no_grad(), or use attention",
     )
-    return decode_attention_fwd(q, k_cache, v_cache, lengths)
+    return decode_attention_fwd(q, k_cache, v_cache, lengths, first)

@@ -42,10 +42,11 @@ def problem(B, H, T, S, D, lengths, dtype=torch.float32, device="cpu", unused=ma
     return [q, k, v, torch.tensor(lengths, dtype=torch.int32, device=device)]
 
 
-def compare(ours, q, k, v, lengths):
-    out = ours(q, k, v, lengths)
-    theirs = reference.decode_attention(q, k, v, lengths)
-    assert_as_accurate_as_torch(out, theirs, reference.decode_attention(q.double(), k.double(), v.double(), lengths))
+def compare(ours, q, k, v, lengths, first=None):
+    out = ours(q, k, v, lengths, first)
+    theirs = reference.decode_attention(q, k, v, lengths, first)
+    exact = reference.decode_attention(q.double(), k.double(), v.double(), lengths, first)
+    assert_as_accurate_as_torch(out, theirs, exact)
     return out
 
 
@@ -104,6 +105,23 @@ def test_a_row_depends_on_neither_its_batch_nor_the_capacity(T, device):
 
 
 @pytest.mark.parametrize("T", [1, 3])
+def test_a_row_padded_on_its_left_is_the_row_without_its_padding(T, device):
+    lengths, padding = [80, 75, 40, 50, 33], [0, 37, 33, 50, -5]  # the fourth is padding alone: it sees nothing
+    q, k, v, lengths = problem(5, 2, T, 80, 16, lengths, device=device)
+    k[2, :, :33], v[2, :, :33] = 1e4, -1e4
+    first = torch.tensor(padding, dtype=torch.int32, device=device)
+    out = compare(decode_attention, q, k, v, lengths, first)
+    assert not out[3].any()
+    for b in (1, 2):
+        row, real = slice(b, b + 1), slice(padding[b], None)
+        alone = q[row], k[row, :, real], v[row, :, real]
+        theirs = reference.decode_attention(*alone, lengths[row] - padding[b])
+        exact = reference.decode_attention(*(t.double() for t in alone), lengths[row] - padding[b])
+        assert_as_accurate_as_torch(out[row], theirs, exact)
+    assert torch.equal(decode_attention(q, k, v, lengths, torch.zeros_like(first)), decode_attention(q, k, v, lengths))
+
+
+@pytest.mark.parametrize("T", [1, 3])
 def test_nan_and_inf_of_visible_keys(T, device):
     q, k, v, lengths = problem(2, 2, T, 40, 16, [40, 20], device=device)
     q[0, 0, :, 3] = math.nan
@@ -138,7 +156,8 @@ def test_lengths_beyond_the_capacity_read_no_further(device):
 def test_opcheck_and_compile(device):
     for T in (1, 2):
         arguments = problem(2, 2, T, 20, 8, [20, 7], device=device, unused=1.0)
-        torch.library.opcheck(module.decode_attention_fwd.op, arguments)
+        for first in (None, torch.tensor([3, 0], dtype=torch.int32, device=device)):
+            torch.library.opcheck(module.decode_attention_fwd.op, (*arguments, first))
     compiled = torch.compile(lambda *t: decode_attention(*t) + 1.0, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*arguments), decode_attention(*arguments) + 1.0, rtol=0, atol=0)
 
@@ -176,6 +195,10 @@ def test_a_gradient_is_refused(device):
         ),
         ({"lengths": torch.ones(1, dtype=torch.int64)}, r"lengths must be int32 of shape \(1,\), got torch.int64"),
         ({"lengths": torch.ones(2, dtype=torch.int32)}, r"got torch.int32 \(2,\)"),
+        (
+            {"first": torch.ones(1, 1, dtype=torch.int32)},
+            r"first must be int32 of shape \(1,\), got torch.int32 \(1, 1\)",
+        ),
         ({"lengths": torch.ones(1, dtype=torch.int32, device="meta")}, "lengths on meta"),
     ],
 )
@@ -212,14 +235,18 @@ def test_offsets_beyond_int32(device):
         (3, "tl.where(empty, float(\"-inf\"), m + tl.log2(l))", "m + tl.log2(l)"),
         (3, 'm = tl.where(m == float("-inf"), 0.0, m)\n    p =', "p ="),
         (3, "scale_head(part, (1.0 / l)[:, None])", "part"),
+        (1, "cols[None, :] >= first", "cols[None, :] > first"),
+        (1, "(split + 1) * BLOCK_N <= first", "split * BLOCK_N <= first"),
+        (1, "0) // BLOCK_N", "0) // BLOCK_N + 1"),
     ],
 )  # fmt: skip
 def test_mutants_are_caught(T, original, changed):
     if torch.cuda.is_available():
         pytest.skip("mutants run in the interpreter")
     broken = small_splits(mutant("decode", original, changed))
+    first = torch.tensor([20, 0, 7], dtype=torch.int32)
     with pytest.raises(AssertionError):
-        compare(broken.decode_attention, *problem(3, 2, T, 40, 16, [40, 2, 18]))
+        compare(broken.decode_attention, *problem(3, 2, T, 40, 16, [40, 2, 18]), first)
 
 
 @pytest.mark.gpu
