@@ -36,7 +36,7 @@ PARTS = (
     ("norms", r"layer_?norm|LayerNorm|column_sums"),
     ("embedding", r"embedding|index_select|indexSelect"),
     ("optimizer", r"adam|Adam|multi_tensor|foreach|lerp|addcdiv|addcmul"),
-    ("products", r"gemm|_mm|::mm|cutlass|nvjet|xmma|addmm|_sum_kernel|matmul"),
+    ("products", r"gemm|_mm|::mm|cutlass|nvjet|xmma|addmm|matmul"),
     ("activation", r"[Gg]elu|activation|relu"),
     ("compiled by Inductor", r"^triton_"),
     ("copies and casts", r"copy|[Mm]emcpy|[Cc]at|_to_|fill|zero|[Mm]emset"),

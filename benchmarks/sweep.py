@@ -97,12 +97,6 @@ def _gemm(case: Case, capability: int, multiprocessors: int) -> Any:
     return gemm_blocks(case.size["M"], case.size["N"], case.torch_dtype, capability, multiprocessors, True, epilogue)
 
 
-def _rows(case: Case, capability: int, multiprocessors: int) -> Any:
-    from fastgpt_kernels.gemm import rows_blocks
-
-    return rows_blocks(case.size["N"], case.size["K"], case.torch_dtype, capability, True)
-
-
 def _blocks(parts: Sequence[int]) -> tuple[Any, ...]:
     from fastgpt_kernels.gemm import Blocks
 
@@ -142,10 +136,8 @@ def constants() -> dict[str, Constant]:
             backward,
             _attention("_bwd_blocks"),
         ),
-        Constant("gemm", "gemm.gemm_blocks", linear.PLAIN, "forward", _blocks((1, 2)), _gemm),
         Constant("gemm-gelu", "gemm.gemm_blocks", linear.GELU, "forward", _blocks((1, 2, 4)), _gemm),
-        Constant("gemm-rows", "gemm.rows_blocks", linear.PLAIN, "backward", _blocks((1,)), _rows),
-        Constant("gemm-group", "gemm.GROUP_M", linear.PLAIN, "forward", (4, 8, 16)),
+        Constant("gemm-group", "gemm.GROUP_M", linear.GELU, "forward", (4, 8, 16)),
         Constant("decode-split", "decode.SPLIT_KEYS", decode.DECODE, "forward", (32, 64, 128, 256)),
         Constant("layer-norm-lanes", "layer_norm._FWD_LANE_COLUMNS", ln, "forward", (16, 24, 32, 56)),
         Constant("layer-norm-backward-lanes", "layer_norm._BWD_LANE_COLUMNS", ln, "backward", (8, 16, 24, 32)),

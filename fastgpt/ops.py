@@ -1,8 +1,8 @@
 """The one file that knows there are two implementations: picks `fastgpt_kernels` or `fastgpt.reference` per call.
 
-"auto" takes the Triton kernels for CUDA tensors of a supported dtype where Triton is installed, except for the ops listed in
-PREFER_TORCH, and the reference everywhere else. "triton" and "reference" force one; "triton" raises with the reason where it
-can't run. The choice is made by `use_backend`, else by the environment variable FASTGPT_BACKEND, else it is "auto".
+"auto" takes the Triton kernels for CUDA tensors of a supported dtype where Triton is installed, and the reference everywhere
+else. "triton" and "reference" force one; "triton" raises with the reason where it can't run. The choice is made by
+`use_backend`, else by the environment variable FASTGPT_BACKEND, else it is "auto".
 """
 
 from __future__ import annotations
@@ -35,14 +35,6 @@ OPS = (
     "cross_entropy",
     "linear_cross_entropy",
 )
-
-# Ops for which "auto" keeps PyTorch's own kernel on CUDA, each with its reason. A measured reason names its record.
-# `mlp` is not among them by the roofline alone: at GPT-2 124M and 16k tokens on an H100, one GEMM of it is 97 us of tensor-core
-# time, and a separate GELU pass 67 us forward and 101 us backward of memory time. Fusing them wins unless the GEMMs lose over 20%
-# to cuBLAS (not yet measured).
-PREFER_TORCH: dict[str, str] = {
-    "linear": "a plain GEMM is cuBLAS's own ground; no fusion saves memory traffic here (not yet measured)",
-}
 
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MIN_CAPABILITY = (8, 0)  # Triton's tl.dot has no tensor-core path before Ampere
@@ -108,8 +100,6 @@ def explain(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str
         return "triton", "asked for"
     if unavailable:
         return "reference", unavailable
-    if op in PREFER_TORCH:
-        return "reference", PREFER_TORCH[op]
     return "triton", f"CUDA tensors of {str(dtype).removeprefix('torch.')}"
 
 

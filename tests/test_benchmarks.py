@@ -751,7 +751,7 @@ def test_ncu_is_told_to_leave_the_clocks_alone(tmp_path, monkeypatch):
         ("_attention_bwd_kernel", "attention, backward"),
         ("flash_fwd_kernel<Flash_fwd_kernel_traits>", "attention, forward"),
         ("nvjet_tst_128x256_64x4_2x1_v_bz_NNT", "products"),
-        ("_gemm_rows_kernel", "products"),
+        ("_gemm_kernel", "products"),
         ("void at::native::vectorized_layer_norm_kernel", "norms"),
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
         ("triton_poi_fused_gelu_3", "activation"),

@@ -66,10 +66,10 @@ def test_missing_triton_is_said_with_the_install_hint(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_cuda_tensors_take_triton_except_where_a_reason_is_given():
+def test_cuda_tensors_take_triton_with_a_reason():
     device = torch.device("cuda")
     for op in ops.OPS:
         module, reason = ops.explain(op, device, torch.bfloat16)
-        assert module == ("reference" if op in ops.PREFER_TORCH else "triton")
+        assert module == "triton"
         assert reason
     assert ops.explain("mlp", device, torch.int8)[0] == "reference"

@@ -3,38 +3,32 @@
     gemm_activation   pre = a b + bias, out = activation(pre)       a linear layer; pre is stored where asked for
     gemm_gradient     out = (a b) * activation'(pre)                the gradient of its input, through the activation before it
                       sums = column sums of out                     and that of the bias in pre
-    gemm_rows         out = a^T b, sums = column sums of a          the gradients of its weight and its bias
 
-    a, b              [M, K], [K, N]; gemm_rows [K, M], [K, N]   bf16 | fp16 | fp32 | fp64, any strides
-    pre, out          [M, N]                                     like a, contiguous
-    bias, sums        [N]; gemm_rows [M]                         like a
-    partial           [P, M, N], [P, N]                          fp32 (fp64), one of each program that adds to a sum
+    a, b              [M, K], [K, N]     bf16 | fp16 | fp32 | fp64, any strides
+    pre, out          [M, N]             like a, contiguous
+    bias, sums        [N]                like a
+    partial           [P, N]             fp32 (fp64), one row of each row of tiles
 
-A program owns an output tile and all of K; gemm_rows splits K, which is long there and the tiles few (GPT-2's 768 x 768
-from B * T rows is 18 tiles for 132 multiprocessors). A second kernel adds up partial sums in an order that shapes and chip
-decide: no atomics. Tiles go GROUP_M down before one to the right, so that both operands are in L2 still when read again.
+A program owns an output tile and all of K. A second kernel adds up partial sums in an order that the shapes decide: no atomics.
+Tiles go GROUP_M down before one to the right, so that both operands are in L2 still when read again.
 
 Where there are asynchronous tensor cores and the tensor memory accelerator (sm90, sm100), and base and strides of every
-operand are multiples of 16 bytes, tiles move through tensor descriptors and _gemm_kernel is persistent: as many programs
-as fit, the loop over a program's tiles flattened with the loop over K, so that the next tile's loads fly during this one's
-epilogue. Elsewhere a program reads through plain pointers and owns one tile.
+operand are multiples of 16 bytes, tiles move through tensor descriptors and the kernel is persistent: as many programs as fit,
+the loop over a program's tiles flattened with the loop over K, so that the next tile's loads fly during this one's epilogue.
+Elsewhere a program reads through plain pointers and owns one tile.
 
 Bound by tensor cores: 2 M N K FLOPs over their rate. An epilogue that moves pre beside out adds 2 M N elements of traffic:
 at K = 768 memory is then busy for 78% of the products' time, and GELU's instructions are issued for 40% of it, its
-derivative's for 70%. There two programs of 128 x 128 share a multiprocessor, one's epilogue under the other's products. A
-plain epilogue is short, and 128 x 256, which reads a quarter less from L2, does better. PARTS cuts the epilogue's columns,
-to save registers and the shared memory that its stores pass through.
+derivative's for 70%. There two programs of 128 x 128 share a multiprocessor, one's epilogue under the other's products. PARTS
+cuts the epilogue's columns, to save registers and the shared memory that its stores pass through.
 
-gemm_rows sums a's columns without reading a again. On asynchronous tensor cores that is a product with 16 columns of ones,
-1/16 more for the first column of tiles, since additions beside wgmma make ptxas run it step by step. Elsewhere, and in
-fp32, which the product would round to tf32, it is additions.
+A product without such an epilogue is torch's, by cuBLAS.
 
 Source: https://github.com/triton-lang/triton/blob/main/python/tutorials/09-persistent-matmul.py
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -46,16 +40,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ._launch import arch, launch, register, sm_count
 from ._math import activation as _activation
 from ._math import activation_grad
+from ._rows import column_sums
 
 # 8 x 128 rows of a and the columns beside them are a few MB of 16-bit data at GPT-2's widths: well inside any L2.
 GROUP_M = 8
 
-# Prices the second stage of a split product: the memory traffic in the time of one step, 0.8 us at 1.5 (A100) to 3 TB/s (H100).
-BYTES_PER_STEP = 2 << 20
-MAX_SPLITS = 16
-
-# Elements of a partial sum that one program of the second stage holds at a time: 64 fp32 registers a thread.
-SUM_TILE = 8192
 Pair = tuple[Tensor, Tensor]
 
 
@@ -84,10 +73,8 @@ def _asynchronous(capability: int, dtype: torch.dtype) -> bool:
     return 90 <= capability < 120 and (dtype.itemsize == 2 or _tf32(dtype))
 
 
-def gemm_blocks(
-    M: int, N: int, dtype: torch.dtype, capability: int, sms: int, aligned: bool, epilogue: str | None
-) -> Blocks:
-    """The largest tile of a short list that gives every multiprocessor one. epilogue: an activation, "gradient" or None.
+def gemm_blocks(M: int, N: int, dtype: torch.dtype, capability: int, sms: int, aligned: bool, epilogue: str) -> Blocks:
+    """The largest tile of a short list that gives every multiprocessor one. epilogue: an activation or "gradient".
 
     Accumulators take 64 registers a thread where two programs of eight warps are to fit, else 128; the lists hold what
     compiles without spills for each architecture (python -m fastgpt_kernels.aot).
@@ -107,41 +94,11 @@ def gemm_blocks(
         shared = Blocks(128, 128, 64, warps=8, stages=3, parts=parts, programs=2, maxnreg=128)
         if capability >= 100:  # accumulators in tensor memory leave the registers to four warps
             shared = shared._replace(warps=4, maxnreg=None)
-        alone = [Blocks(128, 256, 64, warps=8, stages=4, parts=2)] if epilogue is None else []
-        choices = [*alone, shared, Blocks(64, 64, 64, warps=4, stages=4, programs=3)]
+        choices = [shared, Blocks(64, 64, 64, warps=4, stages=4, programs=3)]
     else:  # 64 x 64 a warp needs the fewest reads of shared memory, and all 255 registers
         warps = 8 if capability >= 120 or (capability > 80 and epilogue == "gradient") else 4
         choices = [Blocks(128, 128, 32, warps, stages=4, parts=4), Blocks(64, 64, 64, warps=4, stages=3)]
     return next((b for b in choices if triton.cdiv(M, b.m) * triton.cdiv(N, b.n) >= sms), choices[-1])
-
-
-def rows_blocks(M: int, N: int, dtype: torch.dtype, capability: int, aligned: bool) -> Blocks:
-    """The largest tile that an output [M, N] has use for: splitting K fills the chip."""
-    small = min(M, N) < 128
-    if dtype == torch.float64:
-        return Blocks(32, 64, 16, warps=4, stages=3)
-    if dtype == torch.float32 and not _tf32(dtype):
-        return Blocks(64, 64, 32, warps=8, stages=3, programs=2)
-    if dtype == torch.float32:
-        return Blocks(64, 64, 32, warps=4, stages=3) if small else Blocks(128, 128, 32, warps=8, stages=3)
-    if small:
-        return Blocks(64, 64, 64, warps=4, stages=3, programs=3)
-    if not aligned:
-        return UNALIGNED
-    if _asynchronous(capability, dtype):
-        return Blocks(128, 256, 64, warps=8, stages=4)
-    return Blocks(128, 128, 32, warps=4 if capability < 90 else 8, stages=4, programs=2)
-
-
-@functools.lru_cache
-def row_splits(tiles: int, steps: int, slots: int, size: int) -> int:
-    """Into how many parts to cut a sum of `steps` steps: what a wave of programs takes, waves, and the second stage."""
-
-    def cost(splits: int) -> float:
-        second_stage = 8 * splits * size / BYTES_PER_STEP if splits > 1 else 0.0
-        return triton.cdiv(tiles * splits, slots) * triton.cdiv(steps, splits) + second_stage
-
-    return min(range(1, MAX_SPLITS + 1), key=cost)
 
 
 @triton.jit
@@ -262,81 +219,6 @@ def _gemm_kernel(
             _store(out, tile, m, first, M, N, BLOCK_M, PART_N, DESCRIPTORS)
 
 
-@triton.jit
-def _reduce_rows(
-    a, b, M, N, stride_ak, stride_am, stride_bk, stride_bn, m, n, first, last,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, SUMS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Tile (m, n) of a.T @ b over rows first .. last, and the column sums of a if SUMS is "add" or "dot"."""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    sums = tl.zeros((BLOCK_M, 16 if SUMS == "dot" else BLOCK_K), ACC)
-    for k in tl.range(first, last, BLOCK_K):
-        a_tile = _load(a, m, k, M, last, stride_am, stride_ak, BLOCK_M, BLOCK_K, DESCRIPTORS, True)
-        b_tile = _load(b, k, n, last, N, stride_bk, stride_bn, BLOCK_K, BLOCK_N, DESCRIPTORS, False)
-        acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION, out_dtype=ACC)
-        if SUMS == "dot":
-            sums = tl.dot(a_tile, tl.full((BLOCK_K, 16), 1.0, a_tile.dtype), sums, out_dtype=ACC)
-        elif SUMS == "add":
-            sums += a_tile.to(ACC)
-    if SUMS == "dot":
-        return acc, tl.sum(sums, axis=1) * 0.0625  # of 16 equal columns
-    else:
-        return acc, tl.sum(sums, axis=1)
-
-
-@triton.jit(do_not_specialize=["K", "rows_per_split"])
-def _gemm_rows_kernel(
-    a, b, out_ptr, sums_ptr,
-    M, N, K, rows_per_split,
-    stride_ak, stride_am, stride_bk, stride_bn,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, SUMS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
-    tile_m, tile_n = _tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    split = tl.program_id(1)
-    m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
-    first = split * rows_per_split
-    last = min(K, first + rows_per_split)
-    rows, cols = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
-    out_rows = split.to(tl.int64) * M + rows
-    if SUMS != "none" and tile_n == 0:
-        acc, sums = _reduce_rows(
-            a, b, M, N, stride_ak, stride_am, stride_bk, stride_bn, m, n, first, last,
-            ACC, PRECISION, DESCRIPTORS, SUMS, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        tl.store(sums_ptr + out_rows, sums.to(sums_ptr.dtype.element_ty), mask=rows < M)
-    else:
-        acc, _ = _reduce_rows(
-            a, b, M, N, stride_ak, stride_am, stride_bk, stride_bn, m, n, first, last,
-            ACC, PRECISION, DESCRIPTORS, "none", BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-    offsets = out_rows[:, None] * N + cols[None, :]
-    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
-
-
-@triton.jit(do_not_specialize=["P"])
-def _sum_kernel(partial_ptr, out_ptr, P, SIZE, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
-    cols = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK_P, BLOCK), ACC)
-    for p in tl.range(0, P, BLOCK_P):
-        rows = p + tl.arange(0, BLOCK_P)
-        offsets = rows.to(tl.int64)[:, None] * SIZE + cols[None, :]
-        acc += tl.load(partial_ptr + offsets, mask=(rows < P)[:, None] & (cols < SIZE)[None, :], other=0.0)
-    tl.store(out_ptr + cols, tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty), mask=cols < SIZE)
-
-
-def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """partial [P, ...] -> sums over P [...], in an order that P alone decides."""
-    out = torch.empty(partial.shape[1:], device=partial.device, dtype=dtype)
-    block_p = 8 if partial.shape[0] <= MAX_SPLITS else 256
-    block = SUM_TILE // block_p
-    grid = (triton.cdiv(out.numel(), block),)
-    acc = _accumulator(partial.dtype)
-    launch(_sum_kernel, grid, partial, out, partial.shape[0], out.numel(), ACC=acc, BLOCK_P=block_p, BLOCK=block)
-    return out
-
-
 def _accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
@@ -357,7 +239,7 @@ def _describe(x: Tensor, block_rows: int, block_cols: int, transposed: bool | No
 
 
 def _gemm(
-    a: Tensor, b: Tensor, bias: Tensor | None, pre: Tensor | None, activation: str | None, gradient: bool, sums: bool
+    a: Tensor, b: Tensor, bias: Tensor | None, pre: Tensor | None, activation: str, gradient: bool, sums: bool
 ) -> tuple[Tensor, Tensor]:
     """-> out [M, N], partial column sums [P, N] ([0, 0] unless `sums`); writes pre, or reads it for the gradient."""
     (M, K), N, device = a.shape, b.shape[1], a.device
@@ -393,10 +275,10 @@ def _fake(a: Tensor, b: Tensor, second: Any) -> Pair:
 
 
 @register(
-    "_gemm_activation(Tensor a, Tensor b, Tensor? bias, str? activation, bool save_pre) -> (Tensor, Tensor)",
+    "_gemm_activation(Tensor a, Tensor b, Tensor? bias, str activation, bool save_pre) -> (Tensor, Tensor)",
     fake=lambda a, b, bias, activation, save_pre: _fake(a, b, (a.shape[0], b.shape[1]) if save_pre else 0),
 )
-def gemm_activation(a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None, save_pre: bool) -> Pair:
+def gemm_activation(a: Tensor, b: Tensor, bias: Tensor | None, activation: str, save_pre: bool) -> Pair:
     """a [M, K], b [K, N] -> out [M, N], and pre [M, N] or, unless save_pre, an empty tensor."""
     pre = torch.empty((a.shape[0], b.shape[1]) if save_pre else 0, device=a.device, dtype=a.dtype)
     out, _ = _gemm(a, b, bias, pre if save_pre else None, activation, gradient=False, sums=False)
@@ -404,43 +286,12 @@ def gemm_activation(a: Tensor, b: Tensor, bias: Tensor | None, activation: str |
 
 
 @register(
-    "_gemm_gradient(Tensor a, Tensor b, Tensor? pre, str? activation, bool column_sums) -> (Tensor, Tensor)",
-    fake=lambda a, b, pre, activation, column_sums: _fake(a, b, b.shape[1] if column_sums else 0),
+    "_gemm_gradient(Tensor a, Tensor b, Tensor pre, str activation, bool wants_sums) -> (Tensor, Tensor)",
+    fake=lambda a, b, pre, activation, wants_sums: _fake(a, b, b.shape[1] if wants_sums else 0),
 )
-def gemm_gradient(a: Tensor, b: Tensor, pre: Tensor | None, activation: str | None, column_sums: bool) -> Pair:
-    """a [M, K], b [K, N], pre [M, N] or None for activation None -> out [M, N], sums [N] or an empty tensor."""
-    out, partial = _gemm(a, b, None, pre, activation, gradient=pre is not None, sums=column_sums)
-    return out, sum_partials(partial, a.dtype)
-
-
-@register(
-    "_gemm_rows(Tensor a, Tensor b, bool column_sums) -> (Tensor, Tensor)",
-    fake=lambda a, b, column_sums: _fake(a.T, b, a.shape[1] if column_sums else 0),
-)
-def gemm_rows(a: Tensor, b: Tensor, column_sums: bool) -> tuple[Tensor, Tensor]:
-    """a [K, M], b [K, N] -> a.T @ b [M, N], column sums of a [M] or an empty tensor."""
-    (K, M), N = a.shape, b.shape[1]
-    capability = arch(a.device)
-    aligned = _orientation(a) is False and _orientation(b) is False
-    descriptors = aligned and _asynchronous(capability, a.dtype)
-    blocks = rows_blocks(M, N, a.dtype, capability, aligned)
-    tiles, steps = triton.cdiv(M, blocks.m) * triton.cdiv(N, blocks.n), triton.cdiv(K, blocks.k)
-    splits = row_splits(tiles, steps, sm_count(a.device) * blocks.programs, M * N)
-    wide = a.dtype if splits == 1 else torch.promote_types(a.dtype, torch.float32)
-    out = torch.empty((splits, M, N), device=a.device, dtype=wide)
-    sums = torch.empty((splits, M if column_sums else 0), device=a.device, dtype=wide)
-    mode = "none" if not column_sums else "dot" if a.itemsize == 2 and _asynchronous(capability, a.dtype) else "add"
-    operands: tuple[Any, ...] = (a, b)
-    if descriptors:
-        operands = _describe(a, blocks.k, blocks.m), _describe(b, blocks.k, blocks.n)
-    launch(
-        _gemm_rows_kernel,
-        (tiles, splits),
-        *operands, out, sums, M, N, K, triton.cdiv(steps, splits) * blocks.k, *a.stride(), *b.stride(),
-        ACC=_accumulator(a.dtype), PRECISION="tf32" if _tf32(a.dtype) else "ieee", DESCRIPTORS=descriptors, SUMS=mode,
-        BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_K=blocks.k, GROUP_M=GROUP_M,
-        num_warps=blocks.warps, num_stages=blocks.stages,
-    )  # fmt: skip
-    if splits == 1:
-        return out[0], sums[0]
-    return sum_partials(out, a.dtype), sum_partials(sums, a.dtype)
+def gemm_gradient(a: Tensor, b: Tensor, pre: Tensor, activation: str, wants_sums: bool) -> Pair:
+    """a [M, K], b [K, N], pre [M, N] -> out [M, N], sums [N] or an empty tensor."""
+    out, partial = _gemm(a, b, None, pre, activation, gradient=True, sums=wants_sums)
+    sums = a.new_empty(partial.shape[1])
+    column_sums(partial, sums)
+    return out, sums

@@ -1,6 +1,6 @@
-"""A linear layer with bias and activation in its GEMM, and the feed-forward block of two, forward and backward.
+"""A linear layer with its activation, and the feed-forward block of two, forward and backward.
 
-    linear      y = f(pre), pre = x w^T + b               f: GELU (tanh or erf), ReLU or nothing
+    linear      y = f(pre), pre = x w^T + b               f: GELU (tanh or erf) or ReLU; with none it is torch's linear
                 dpre = dy * f'(pre)      dx = dpre w      dw = dpre^T x      db = column sums of dpre
     mlp         y = h w2^T + b2, h = f(pre), pre = x w1^T + b1
                 dpre = (dy w2) * f'(pre)      dx = dpre w1      dw1 = dpre^T x      dw2 = dy^T h      db1, db2 alike
@@ -10,23 +10,21 @@
     b, db             [N]        like x
     y, dy, pre        [M, N]     like x; dy of any strides
 
-Every product is a kernel of gemm.py. So is mlp's derivative, in the epilogue of dy w2, and so are the bias gradients: db1
-comes out of that epilogue, db2 out of the product that makes dw2. A linear layer with an activation takes the derivative in a
-pass of its own, for two products read dpre: a program of `_activation_backward_kernel` owns a chunk of rows of COLUMNS columns
-and sums its part of db on the way.
+Products that gain from an epilogue are kernels of gemm.py: pre with its activation, and in mlp dy w2 with the derivative, out of
+which db1 comes too. All others are torch's, by cuBLAS. The derivative of a linear layer of its own, and db2, are passes over
+memory: a program of `_activation_backward_kernel` owns a chunk of rows of COLUMNS columns and sums its part of db on the way.
 
 The backward pass has x, pre and in mlp h kept for it; h was written anyway, for the second product. Making it again would
 save 2 M N bytes and cost 4 M N of traffic: 201 MB against 134 us for each layer of GPT-2 at 32 x 1024 tokens on an H100. ReLU
 keeps h or y alone, whose sign is pre's.
 
-What `auto` should take there, by the roofline at 798 TFLOP/s and 3.0 TB/s for M = 32768, K = 768, N = 3072 in bf16, where a
-product is 194 us, until somebody measures:
+Predicted by the roofline at 798 TFLOP/s and 3.0 TB/s for M = 32768, K = 768, N = 3072 in bf16, where a product is 194 us:
 
-    linear, no activation     cuBLAS: nothing to fuse but a bias, which its own epilogue adds
-    linear with activation    Triton: operands, pre and y are 153 us of traffic, 78% of the product's time and under it; an
-                              activation after cuBLAS is 134 us more. At 60% of cuBLAS's rate the two are equal.
-    mlp, backward             Triton: a derivative of its own is 201 us after a product of 194, so half of cuBLAS's rate is
-                              enough; db1 of its own reads dpre again, 67 us
+    with an activation        operands, pre and y are 153 us of traffic, 78% of the product's time and under it; an activation
+                              after cuBLAS is 134 us more. At 60% of cuBLAS's rate the two are equal.
+    dy w2 with its derivative a derivative of its own is 201 us after a product of 194, so half of cuBLAS's rate is enough; db1
+                              of its own reads dpre again, 67 us
+    db2 of its own            reads dy again, 17 us: 1/16 more of dw2's product, inside it, was no less
     few rows                  the decode engine or cuBLAS: 1.6 us of weight traffic, so launches decide
 
 Bound by tensor cores: 2 M N K FLOPs a product, one forward and two backward; `_activation_backward_kernel` is bound by
@@ -38,13 +36,15 @@ Source: https://github.com/Dao-AILab/flash-attention/blob/main/flash_attn/ops/fu
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._launch import check, check_device, check_float, launch, register, sm_count
-from .gemm import gemm_activation, gemm_gradient, gemm_rows, sum_partials, through_activation
+from ._rows import column_sums
+from .gemm import gemm_activation, gemm_gradient, through_activation
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
 
@@ -82,17 +82,17 @@ def _activation_backward_kernel(
         tl.store(partial_ptr + chunk * N + cols, tl.sum(sums, axis=0), mask=cols < N)
 
 
-def _fake_activation_backward(dy, pre, activation, column_sums):
+def _fake_activation_backward(dy, pre, activation, wants_sums):
     shape = 0 if activation is None else dy.shape
-    return dy.new_empty(shape), dy.new_empty(dy.shape[1] if column_sums else 0)
+    return dy.new_empty(shape), dy.new_empty(dy.shape[1] if wants_sums else 0)
 
 
 @register(
-    "_activation_backward(Tensor dy, Tensor? pre, str? activation, bool column_sums) -> (Tensor, Tensor)",
+    "_activation_backward(Tensor dy, Tensor? pre, str? activation, bool wants_sums) -> (Tensor, Tensor)",
     fake=_fake_activation_backward,
 )
 def activation_backward(
-    dy: Tensor, pre: Tensor | None, activation: str | None, column_sums: bool
+    dy: Tensor, pre: Tensor | None, activation: str | None, wants_sums: bool
 ) -> tuple[Tensor, Tensor]:
     """dy, pre [M, N] -> dpre [M, N], its column sums [N]; what isn't asked for (activation None: dpre) is an empty tensor."""
     M, N = dy.shape
@@ -101,21 +101,23 @@ def activation_backward(
     row_tiles = triton.cdiv(M, ROWS)
     row_programs = min(row_tiles, triton.cdiv(PROGRAMS_PER_SM * sm_count(dy.device), column_programs))
     dpre = torch.empty((0,) if activation is None else (M, N), device=dy.device, dtype=dy.dtype)
-    partial = torch.empty((row_programs, N if column_sums else 0), device=dy.device, dtype=wide)
+    partial = torch.empty((row_programs, N if wants_sums else 0), device=dy.device, dtype=wide)
     launch(
         _activation_backward_kernel,
         (row_programs, column_programs),
         dy, pre, dpre, partial, M, N, triton.cdiv(row_tiles, max(row_programs, 1)) * ROWS, *dy.stride(),
-        ACTIVATION=activation, HAS_SUMS=column_sums, ACC=tl.float64 if wide == torch.float64 else tl.float32,
+        ACTIVATION=activation, HAS_SUMS=wants_sums, ACC=tl.float64 if wide == torch.float64 else tl.float32,
         BLOCK_M=ROWS, BLOCK_N=COLUMNS, num_warps=4,
     )  # fmt: skip
-    return dpre, sum_partials(partial, dy.dtype)
+    sums = dy.new_empty(partial.shape[1])
+    column_sums(partial, sums)
+    return dpre, sums
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, activation):
-        y, pre = gemm_activation(x, weight.t(), bias, activation, activation in ("gelu_tanh", "gelu"))
+        y, pre = gemm_activation(x, weight.t(), bias, activation, activation != "relu")
         ctx.save_for_backward(x, weight, y if activation == "relu" else pre)
         ctx.activation = activation
         return y
@@ -125,16 +127,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, pre = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        dpre, dx, dweight, dbias = dy, None, None, None
-        if ctx.activation is not None:
-            dpre, dbias = activation_backward(dy, pre, ctx.activation, wants_bias)
-        elif wants_bias and not wants_weight:
-            _, dbias = activation_backward(dy, None, None, True)
-        if wants_x:
-            dx, _ = gemm_gradient(dpre, weight, None, None, False)
-        if wants_weight:
-            dweight, sums = gemm_rows(dpre, x, wants_bias and dbias is None)
-            dbias = sums if dbias is None else dbias
+        dpre, dbias = activation_backward(dy, pre, ctx.activation, wants_bias)
+        dx = dpre @ weight if wants_x else None
+        dweight = dpre.t() @ x if wants_weight else None
         return dx, dweight, dbias if wants_bias else None, None
 
 
@@ -142,10 +137,9 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, activation):
         h, pre = gemm_activation(x, w1.t(), b1, activation, activation != "relu")
-        y, _ = gemm_activation(h, w2.t(), b2, None, False)
         ctx.save_for_backward(x, w1, w2, h, h if activation == "relu" else pre)
         ctx.activation = activation
-        return y
+        return F.linear(h, w2, b2)
 
     @staticmethod
     @once_differentiable
@@ -154,23 +148,23 @@ class _MLP(torch.autograd.Function):
         wants_x, wants_w1, wants_b1, wants_w2, wants_b2 = ctx.needs_input_grad[:5]
         dx = dw1 = db1 = dw2 = db2 = None
         if wants_w2:
-            dw2, db2 = gemm_rows(dy, h, wants_b2)
-        elif wants_b2:
+            dw2 = dy.t() @ h
+        if wants_b2:
             _, db2 = activation_backward(dy, None, None, True)
         if wants_x or wants_w1 or wants_b1:
             dpre, db1 = gemm_gradient(dy, w2, pre, ctx.activation, wants_b1)
         if wants_x:
-            dx, _ = gemm_gradient(dpre, w1, None, None, False)
+            dx = dpre @ w1
         if wants_w1:
-            dw1, _ = gemm_rows(dpre, x, False)
-        return dx, dw1, db1 if wants_b1 else None, dw2, db2 if wants_b2 else None, None
+            dw1 = dpre.t() @ x
+        return dx, dw1, db1 if wants_b1 else None, dw2, db2, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
     """activation(x @ weight.T + bias). x [..., K], weight [N, K], bias [N] -> [..., N]. `activation` in ACTIVATIONS or None.
 
     x, weight, bias and the incoming gradient may have any strides; x is copied only where its leading dimensions don't flatten
-    to rows. Under autocast, inputs are cast to its dtype, as torch's own linear has it.
+    to rows. Under autocast, inputs are cast to its dtype, as torch's own linear has it, and that is what runs without activation.
     """
     check_device("linear", x=x, weight=weight, bias=bias)
     check_float("linear", x=x, weight=weight, bias=bias)
@@ -179,6 +173,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
     check(known, f"linear: activation must be None or one of {ACTIVATIONS}, got {activation!r}")
     check(x.dim() > 0, "linear: x must be [..., K], got a scalar")
     _check_layer("linear", x.shape[-1], x.dtype, weight=weight, bias=bias)
+    if activation is None:
+        return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     if _differentiable(x, weight, bias):
         y = _Linear.apply(rows, weight, bias, activation)
@@ -206,7 +202,7 @@ def mlp(
         y = _MLP.apply(rows, w1, b1, w2, b2, activation)
     else:
         h, _ = gemm_activation(rows, w1.t(), b1, activation, False)
-        y, _ = gemm_activation(h, w2.t(), b2, None, False)
+        y = F.linear(h, w2, b2)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

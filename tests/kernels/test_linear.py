@@ -57,13 +57,11 @@ def compare(name, inputs, grad, activation, ours=module, layout=None):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Many tiles, parts of tiles, programs of several tiles and splits of the rows at sizes that the interpreter can bear."""
+    """Many tiles, parts of tiles and programs of several tiles at sizes that the interpreter can bear."""
 
     def use(parts=2, kernels=gemm, ops=module):
         block = Blocks(16, 16 * max(parts, 2), 16, warps=4, stages=3, parts=parts)
         monkeypatch.setattr(kernels, "gemm_blocks", lambda *_: block)
-        monkeypatch.setattr(kernels, "rows_blocks", lambda *_: block)
-        monkeypatch.setattr(kernels, "row_splits", lambda *_: 3)
         monkeypatch.setattr(ops, "COLUMNS", 32)
         monkeypatch.setattr(ops, "PROGRAMS_PER_SM", 1)
         if not torch.cuda.is_available():
@@ -109,7 +107,7 @@ def test_tf32_follows_torch(small_blocks, monkeypatch, device):
     try:
         for setting, expected in (("highest", ("ieee", False)), ("high", ("tf32", True))):
             torch.set_float32_matmul_precision(setting)
-            compare("linear", inputs, grad, None)
+            compare("linear", inputs, grad, "relu")
             if device.type == "cpu":
                 assert {mode for mode in modes if mode[0]} == {expected}
             modes.clear()
@@ -119,14 +117,14 @@ def test_tf32_follows_torch(small_blocks, monkeypatch, device):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, device):
-    inputs, grad = problem("linear", (0, 24, 16), torch.float16, device, lead=(3, 5))
     view = LAYOUTS[layout]
 
     def lay_out(t):
         return t if t.dim() == 1 or (t.dim() == 2 and "first two" in layout) else view(t)
 
-    for activation in (None, "gelu_tanh"):
-        compare("linear", inputs, view(grad), activation, layout=lay_out)
+    for name, shape in (("linear", (0, 24, 16)), ("mlp", (0, 24, 16, 8))):
+        inputs, grad = problem(name, shape, torch.float16, device, lead=(3, 5))
+        compare(name, inputs, view(grad), "gelu_tanh", layout=lay_out)
 
 
 def test_descriptors_of_transposed_operands(device):
@@ -137,8 +135,8 @@ def test_descriptors_of_transposed_operands(device):
     assert gemm._orientation(b) is True
     assert gemm._orientation(b[1:]) is None
     assert gemm._orientation(a[:0]) is None
-    out, _ = gemm.gemm_activation(a, b, None, None, False)
-    assert_as_accurate_as_torch(out, a @ b, a.double() @ b.double())
+    out, _ = gemm.gemm_activation(a, b, None, "relu", False)
+    assert_as_accurate_as_torch(out, (a @ b).relu(), (a.double() @ b.double()).relu())
 
 
 @pytest.mark.parametrize("frozen", [("x",), ("weight",), ("bias",), ("weight", "bias"), ("x", "weight")])
@@ -146,7 +144,7 @@ def test_frozen_inputs(frozen, device):
     """Who trains fewer parameters gets the same gradients for the rest."""
     layers = {"linear": (["x", "weight", "bias"], (9, 24, 16)), "mlp": (["x", "weight", "bias"] * 2, (9, 24, 16, 8))}
     for name, (kinds, shape) in layers.items():
-        for activation in (None, "relu") if name == "linear" else ("gelu",):
+        for activation in ("gelu_tanh", "relu") if name == "linear" else ("gelu",):
             inputs, grad = problem(name, shape, torch.float16, device)
             kinds[3:] = kinds[1:3]
             everything = run(getattr(module, name), inputs, grad, activation)[1:]
@@ -211,11 +209,9 @@ def test_opcheck(device):
     pre = torch.randn_like(dy)
     for op, arguments in (
         (gemm.gemm_activation.op, (x, weight.t(), bias, "gelu_tanh", True)),
-        (gemm.gemm_activation.op, (x, weight.t(), None, None, False)),
+        (gemm.gemm_activation.op, (x, weight.t(), None, "relu", False)),
         (gemm.gemm_gradient.op, (x, weight.t(), pre, "relu", True)),
-        (gemm.gemm_gradient.op, (dy, weight, None, None, False)),
-        (gemm.gemm_rows.op, (dy, x, True)),
-        (gemm.gemm_rows.op, (dy, x, False)),
+        (gemm.gemm_gradient.op, (x, weight.t(), pre, "gelu", False)),
         (module.activation_backward.op, (dy, pre, "gelu", True)),
         (module.activation_backward.op, (dy, None, None, True)),
     ):
@@ -317,9 +313,8 @@ def far_rows(ours, device):
     weight = torch.randn(16, 24, device=device).half()
     for a, b in (((far, weight.t()), (near, weight.t())), ((weight, far.t()), (weight, near.t()))):
         assert torch.equal(
-            ours.gemm_activation(*a, None, None, False)[0], ours.gemm_activation(*b, None, None, False)[0]
+            ours.gemm_activation(*a, None, "relu", False)[0], ours.gemm_activation(*b, None, "relu", False)[0]
         )
-    assert torch.equal(ours.gemm_rows(far, near, True)[0], ours.gemm_rows(near, near, True)[0])
 
 
 @pytest.mark.parametrize("descriptors", [True, False])
@@ -344,13 +339,12 @@ def kernels_of(arch, name, shape, dtype=torch.bfloat16, activation="gelu_tanh"):
 
 
 def test_launches_of_mlp():
-    """Neither an activation nor a bias gradient is a pass of its own, and small weight gradients are split."""
+    """Two products have an epilogue, for the activation and for its derivative with db1; db2 is a pass, the rest is torch's."""
     launches = kernels_of(90, "mlp", (16384, 768, 3072, 768))
     names = [launch.kernel.__name__ for launch in launches]
-    rows = ["_gemm_rows_kernel", "_sum_kernel"]
-    assert names == ["_gemm_kernel"] * 2 + rows + ["_sum_kernel", "_gemm_kernel", "_sum_kernel", "_gemm_kernel", *rows]
+    sums = "_column_sums_kernel"
+    assert names == ["_gemm_kernel", "_activation_backward_kernel", sums, "_gemm_kernel", sums]
     assert all(launch.kwargs["DESCRIPTORS"] for launch in launches if "gemm" in launch.kernel.__name__)
-    assert all(launch.grid[1] > 1 for launch in launches if launch.kernel.__name__ == "_gemm_rows_kernel")
     assert launches[0].grid == (2 * 132,)
 
 
@@ -359,7 +353,7 @@ def test_nothing_is_kept_without_gradients(device):
     with_gradients = mlp(*(t.clone().requires_grad_() for t in inputs))
     with torch.no_grad(), _launch.record(90) as launches:
         mlp(*(t.clone().requires_grad_() for t in inputs))
-    assert [launch.kwargs["SAVE_PRE"] for launch in launches] == [False, False]
+    assert [launch.kwargs["SAVE_PRE"] for launch in launches] == [False]
     with torch.no_grad():
         assert torch.equal(mlp(*inputs), with_gradients)
         assert torch.equal(linear(*inputs[:3], "gelu"), linear(*inputs[:2], inputs[2].requires_grad_(), "gelu"))
@@ -373,16 +367,8 @@ def test_descriptors_where_they_can_be(arch, width, descriptors):
     assert {launch.kwargs.get("DESCRIPTORS", descriptors) for launch in launches} == {descriptors}
 
 
-def test_row_splits():
-    """GPT-2's smallest weight gradient fills an H100; a language-model head needs no splitting."""
-    splits = gemm.row_splits(18, 1024, 132, 768 * 768)
-    assert 0.9 < 18 * splits / (-(-18 * splits // 132) * 132) <= 1
-    assert gemm.row_splits(393 * 3, 1024, 132, 50257 * 768) == 1
-    assert gemm.row_splits(18, 0, 132, 768 * 768) == 1
-
-
-def check_plain(ours):
-    compare("linear", *problem("linear", (70, 24, 40), torch.float32, "cpu"), None, ours)
+def check_gelu(ours):
+    compare("linear", *problem("linear", (70, 24, 40), torch.float32, "cpu"), "gelu", ours)
 
 
 def check_single(ours):
@@ -404,7 +390,7 @@ MUTANTS = {
         "gemm",
         "            acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION, out_dtype=ACC)",
         "            acc = tl.dot(a_tile, b_tile, acc, out_dtype=ACC).to(tl.float16).to(ACC)",
-        check_plain,
+        check_gelu,
     ),
     "pre after the activation": ("gemm", "_store(pre, tile,", "_store(pre, _activation(tile, ACTIVATION),", check_mlp),
     "parts in each other's place": ("gemm", "n + part * PART_N", "n + (PARTS - 1 - part) * PART_N", check_single),
@@ -416,11 +402,7 @@ MUTANTS = {
         "* N + cols, sums, mask=(cols < N) & (tile_m == 0))",
         check_mlp,
     ),
-    "rows for columns": ("gemm", "within % rows, within // rows", "within // rows, within % rows", check_single),
-    "a row lost between splits": ("gemm", "first + rows_per_split)", "first + rows_per_split - 1)", check_single),
-    "ones counted twice": ("gemm", "* 0.0625", "* 0.125", check_mlp),
-    "column sums of the last step": ("gemm", "sums += a_tile.to(ACC)", "sums = a_tile.to(ACC)", check_plain),
-    "last partial sum lost": ("gemm", "mask=(rows < P)", "mask=(rows < P - 1)", check_mlp),
+    "rows for columns": ("gemm", "within % rows, within // rows", "within // rows, within % rows", check_gelu),
     "no derivative alone": ("linear", "dpre = through_activation(dpre, pre.to(ACC), ACTIVATION)", "pass", check_single),
     "column stride of dy": ("linear", "[None, :] * stride_dyn", "[None, :]", check_gradient_layout),
     "bias gradient of some rows": ("linear", "sums += dpre", "sums = dpre", check_single),
@@ -432,7 +414,7 @@ def broken_module(monkeypatch, source, original, changed):
     copy = mutant(source, original, changed)
     if source == "linear":
         return copy, gemm
-    for name in ("gemm_activation", "gemm_gradient", "gemm_rows", "sum_partials"):
+    for name in ("gemm_activation", "gemm_gradient"):
         monkeypatch.setattr(module, name, getattr(copy, name))
     return module, copy
 
@@ -460,7 +442,6 @@ def test_int32_offsets_are_caught(monkeypatch, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gpt2_shapes(dtype, width, device):
     compare("mlp", *problem("mlp", (4096, width, 4 * width, width), dtype, device), "gelu_tanh")
-    compare("linear", *problem("linear", (4096, width, 3 * width), dtype, device), None)
     compare("linear", *problem("linear", (4096, width, 4 * width), dtype, device), "gelu")
 
 
