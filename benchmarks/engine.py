@@ -20,11 +20,12 @@ from benchmarks.harness import INT8, OURS, Absent, Benchmark, Candidate, Case, W
 from benchmarks.models import check_greedy, on_kernels, spread_model
 from benchmarks.models import config as shape
 from benchmarks.op import interpreting
-from fastgpt import GPTModel, decoder, ops
-from fastgpt.batch import prefill
+from fastgpt import GPTModel, ops
+from fastgpt.inference import engine as engines
+from fastgpt.inference.batch import prefill
+from fastgpt.inference.sampling import Sampler, SamplingParams
 from fastgpt.info import forward_flops_per_token, kv_cache_bytes
 from fastgpt.quantization import quantize
-from fastgpt.sampling import Sampler, SamplingParams
 
 Burst = Callable[[Tensor], Tensor]  # the newest token [1] -> the tokens behind it [TOKENS]
 
@@ -91,14 +92,14 @@ def engine(model: GPTModel, context: Tensor, tokens: int) -> tuple[Burst, GPTMod
 
 
 def design(name: str) -> Callable[[GPTModel, Tensor, int], tuple[Burst, GPTModel]]:
-    """Another of the engine's designs than the one in use (fastgpt.decoder.DESIGN)."""
+    """Another of the engine's designs than the one in use (fastgpt.inference.engine.DESIGN)."""
 
     def make(model: GPTModel, context: Tensor, tokens: int) -> tuple[Burst, GPTModel]:
-        if name == decoder.DESIGN:
+        if name == engines.DESIGN:
             raise Absent("it is what fastgpt runs")
         if name == "dependent" and (interpreting() or torch.cuda.get_device_capability() < (9, 0)):
             raise Absent("dependent launch came with compute capability 9.0")
-        with mock.patch.object(decoder, "DESIGN", name):
+        with mock.patch.object(engines, "DESIGN", name):
             return engine(model, context, tokens)
 
     return make
@@ -130,7 +131,7 @@ def graphed(model: GPTModel, context: Tensor, tokens: int) -> tuple[Burst, GPTMo
 
 PROVIDERS = {
     OURS: functools.partial(prepare, engine),
-    **{f"fastgpt, design {name}": functools.partial(prepare, design(name)) for name in decoder.DESIGNS},
+    **{f"fastgpt, design {name}": functools.partial(prepare, design(name)) for name in engines.DESIGNS},
     INT8: functools.partial(prepare, int8),
     "cuBLAS and SDPA in a CUDA graph": functools.partial(prepare, graphed),
 }

@@ -35,7 +35,8 @@ from benchmarks.models import (
 )
 from benchmarks.nanogpt import from_fastgpt
 from benchmarks.op import interpreting
-from fastgpt import GPTConfig, GPTModel, decoder
+from fastgpt import GPTConfig, GPTModel
+from fastgpt.inference import engine as engines
 from fastgpt.info import kv_cache_bytes
 from fastgpt.quantization import quantize
 
@@ -161,12 +162,12 @@ def candidate(
 
 
 def other_design(name: str) -> Callable[[GPTModel, Case], Generate]:
-    """The decode engine with another of its designs than the one in use (fastgpt.decoder.DESIGN)."""
+    """The decode engine with another of its designs than the one in use (fastgpt.inference.engine.DESIGN)."""
 
     def make(model: GPTModel, case: Case) -> Generate:
         if device().type != "cuda" and not interpreting():
             raise Absent("the engine's designs are a GPU's")
-        if name == decoder.DESIGN:
+        if name == engines.DESIGN:
             raise Absent("it is what fastgpt runs")
         if name == "dependent" and interpreting():
             raise Absent("Triton's interpreter has no dependent launch")
@@ -175,7 +176,7 @@ def other_design(name: str) -> Callable[[GPTModel, Case], Generate]:
         copied = copy.deepcopy(model)  # an engine belongs to its model and keeps the design that it was made with
 
         def generate(idx: Tensor, n: int) -> Tensor:
-            with mock.patch.object(decoder, "DESIGN", name):
+            with mock.patch.object(engines, "DESIGN", name):
                 return on_kernels(copied.generate)(idx, n)
 
         return generate
@@ -284,7 +285,7 @@ def reference_compiled(model: GPTModel, case: Case) -> Generate:
 GENERATORS: dict[str, Callable[[GPTModel, Case], Generate]] = {
     OURS: lambda model, case: on_kernels(model.generate),
     "fastgpt, no cache": lambda model, case: on_kernels(functools.partial(model.generate, use_cache=False)),
-    **{f"fastgpt, design {name}": other_design(name) for name in decoder.DESIGNS},
+    **{f"fastgpt, design {name}": other_design(name) for name in engines.DESIGNS},
     INT8: lambda model, case: on_kernels(model.generate),
     "fastgpt, prompt lookup": lambda model, case: on_kernels(functools.partial(model.generate, lookup=8)),
     **{name: drawing(name.removeprefix("fastgpt, ").removesuffix(" sampler")) for name in DRAWN},

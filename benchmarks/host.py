@@ -16,8 +16,8 @@ from pathlib import Path
 
 from benchmarks.harness import OURS, Benchmark, Candidate, Case, Wrong, needs
 from benchmarks.record import ROOT
-from fastgpt.tokenizer import load_tokenizer, read_ranks
-from fastgpt.weights import BUNDLED
+from fastgpt.checkpoints.weights import BUNDLED
+from fastgpt.text.tokenizer import load_tokenizer, read_ranks
 
 MODULES = {
     OURS: "fastgpt",

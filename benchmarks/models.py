@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.harness import Case, Wrong, device, needs
 from benchmarks.op import interpreting
 from fastgpt import PRESETS, GPTConfig, GPTModel, use_backend
-from fastgpt.weights import save_pretrained
+from fastgpt.checkpoints.weights import save_pretrained
 
 # Standard deviations of a row's logits by which a chosen token may fall short of the best: what a dtype's rounding can do.
 SLACK = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.03}

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from benchmarks.harness import Work, Wrong
 from benchmarks.op import Draw, Op
-from fastgpt.sampling import SamplingParams, filtered, sample
+from fastgpt.inference.sampling import SamplingParams, filtered, sample
 
 SIZES = {
     "gpu": [{"B": B, "V": 50257} for B in (1, 8, 128)],
-    "cpu": [],  # a CPU runs fastgpt.sampling.sample, which is the peer
+    "cpu": [],  # a CPU runs fastgpt.inference.sampling.sample, which is the peer
     "dry": [{"B": 2, "V": 70}],
 }
 MANY = 8  # draws of which one at least is not the most likely token

@@ -13,8 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fastgpt import GPTModel
-from fastgpt.tokenizer import load_tokenizer
-from fastgpt.weights import BUNDLED
+from fastgpt.checkpoints.weights import BUNDLED
+from fastgpt.text.tokenizer import load_tokenizer
 
 
 def main() -> None:

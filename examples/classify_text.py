@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import GPTModel
-from fastgpt.tokenizer import Tokenizer, load_tokenizer
-from fastgpt.weights import BUNDLED
+from fastgpt.checkpoints.weights import BUNDLED
+from fastgpt.text.tokenizer import Tokenizer, load_tokenizer
 
 LONGEST = 64  # tokens of a line that are read
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from fastgpt import GPTModel
-from fastgpt.data import TokenStream, encode_documents, read_text, split_validation
+from fastgpt.checkpoints.weights import BUNDLED
 from fastgpt.evaluation import evaluate
-from fastgpt.tokenizer import load_tokenizer
+from fastgpt.text.data import TokenStream, encode_documents, read_text, split_validation
+from fastgpt.text.tokenizer import load_tokenizer
 from fastgpt.training import Trainer, TrainSettings, add_lora
-from fastgpt.weights import BUNDLED
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ import sys
 import torch
 
 from fastgpt import GPTModel, generate
-from fastgpt.tokenizer import load_tokenizer
-from fastgpt.weights import BUNDLED
+from fastgpt.checkpoints.weights import BUNDLED
+from fastgpt.text.tokenizer import load_tokenizer
 
 
 def main() -> None:

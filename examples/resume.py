@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from fastgpt import GPTConfig
-from fastgpt.data import TokenStream, encode_documents, split_validation
-from fastgpt.tokenizer import SymbolTokenizer
+from fastgpt.text.data import TokenStream, encode_documents, split_validation
+from fastgpt.text.tokenizer import SymbolTokenizer
 from fastgpt.training import Trainer, TrainSettings, new_model
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 100

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from fastgpt.cli import main as fastgpt
-from fastgpt.data import expand, read_text
 from fastgpt.evaluation import evaluate
 from fastgpt.model import GPTModel
-from fastgpt.tokenizer import load_tokenizer, train_byte_pairs
+from fastgpt.text.data import expand, read_text
+from fastgpt.text.tokenizer import load_tokenizer, train_byte_pairs
 
 RECIPE = Path(__file__).with_name("bundled_model.toml")
 VOCAB_SIZE = 2048

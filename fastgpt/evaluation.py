@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastgpt.data import encode_documents
 from fastgpt.model import GPTModel
-from fastgpt.tokenizer import Tokenizer
+from fastgpt.text.data import encode_documents
+from fastgpt.text.tokenizer import Tokenizer
 
 WINDOWS_PER_BATCH = 8  # logits of 8 windows of 1024 and GPT-2's vocabulary are 1.6 GB in fp32
 

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt import decoder, ops
-from fastgpt.cache import KVCache
+from fastgpt import ops
 from fastgpt.config import GPTConfig
-from fastgpt.decoder import plain
+from fastgpt.inference.cache import KVCache
+from fastgpt.plan import BlockWeights, plain
 from fastgpt.reference import int8_linear
 
 
@@ -53,7 +53,7 @@ class Int8Linear(nn.Module):
     """A Linear whose row r of weights is scale[r] * weight[r]: int8 [N, K], one fp32 scale an output, the bias as it was.
 
     The forward multiplies with the weights in x's dtype, made anew each time (on a CPU see fastgpt.reference.int8_linear);
-    fastgpt.decoder reads the integers on a GPU. Made by fastgpt.quantize. Not trained: input gradients flow, weight and scale are
+    a decode engine reads the integers on a GPU. Made by fastgpt.quantize. Not trained: input gradients flow, weight and scale are
     buffers.
 
     Raises ValueError for weights that are not finite.
@@ -181,8 +181,8 @@ class TransformerBlock(nn.Module):
         x, _ = self._add_norm(self.ff(x), x, self.norm2)
         return x
 
-    def decoder_weights(self) -> decoder.BlockWeights | None:
-        """The parameters as decoder.decode wants them, if this is a plain pre-norm block."""
+    def plan_weights(self) -> BlockWeights | None:
+        """The parameters as a Plan wants them, if this is a plain pre-norm block."""
         att, ff, norms = self.att, self.ff, (self.norm1, self.norm2)
         if not (
             self.pre_norm
@@ -203,7 +203,7 @@ class TransformerBlock(nn.Module):
         quantized = all(plain(linear, Int8Linear) for linear in linears)
         if not (quantized or all(plain(linear, nn.Linear) for linear in linears)):
             return None
-        return decoder.BlockWeights(
+        return BlockWeights(
             (self.norm1.scale, self.norm1.shift),
             [(linear.weight.T, linear.bias) for linear in qkv],
             (att.out_proj.weight.T, att.out_proj.bias),

@@ -21,11 +21,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastgpt import decoder, generation, ops, weights
-from fastgpt.cache import KVCache
+from fastgpt import ops
+from fastgpt.checkpoints import weights
 from fastgpt.config import ContextLengthError, GPTConfig, TokenIdError
-from fastgpt.decoder import plain
+from fastgpt.inference import cpu, engine
+from fastgpt.inference.cache import KVCache
+from fastgpt.inference.generate import generate_tensor
 from fastgpt.layers import Int8Linear, LayerNorm, MultiHeadAttention, TransformerBlock
+from fastgpt.plan import Plan, TokenWeights, plain
 
 
 class GPTModel(nn.Module):
@@ -105,11 +108,9 @@ class GPTModel(nn.Module):
             positions = torch.tensor(starts, device=idx.device)[:, None] + torch.arange(T, device=idx.device)
             x = self.drop_emb(self.tok_emb(idx) + self.pos_emb(positions))
         on_cpu = self.device.type == "cpu" and ops.current_backend() != "triton"
-        if T == 1 and on_cpu and isinstance(plan := self._decoder_plan(), decoder.Plan):
+        if T == 1 and on_cpu and isinstance(plan := self._plan(), Plan):
             config = self.config
-            x = decoder.decode(x[:, 0], plan, cache, starts, config.n_heads, config.activation, config.norm_eps)[
-                :, None
-            ]
+            x = cpu.decode(x[:, 0], plan, cache, starts, config.n_heads, config.activation, config.norm_eps)[:, None]
         else:
             for block in self.trf_blocks:
                 x = block(x, cache, starts)
@@ -126,21 +127,21 @@ class GPTModel(nn.Module):
         positions = torch.arange(offset, offset + idx.shape[1], device=idx.device)
         return drop(self.tok_emb(idx) + self.pos_emb(positions))
 
-    def _decoder_plan(self) -> decoder.Plan | str:
-        """What fastgpt.decoder runs from, or why it doesn't apply."""
+    def _plan(self) -> Plan | str:
+        """What an engine, or a token on a CPU, runs from, or why it doesn't apply."""
         if self.training or torch.is_grad_enabled():
             return "the model is in training mode, or gradients are wanted"
         plan = _plans.get(self)
         if plan is None or not plan.holds():
             _plans.pop(self, None)
-            blocks = [b.decoder_weights() if plain(b, TransformerBlock) else None for b in self.trf_blocks]
+            blocks = [b.plan_weights() if plain(b, TransformerBlock) else None for b in self.trf_blocks]
             gathered = [block for block in blocks if block is not None]
             if len(gathered) < len(blocks):
                 return f"block {blocks.index(None)} is post-norm, or a part of it was swapped or has hooks"
-            plan = _plans[self] = decoder.Plan(self, gathered, self._token_weights())
+            plan = _plans[self] = Plan(self, gathered, self._token_weights())
         return plan
 
-    def _token_weights(self) -> decoder.TokenWeights | None:
+    def _token_weights(self) -> TokenWeights | None:
         tables, norm, head = (self.tok_emb, self.pos_emb), self.final_norm, self.out_head
         if not all(plain(t, nn.Embedding) and t.padding_idx is t.max_norm is None for t in tables):
             return None
@@ -148,7 +149,7 @@ class GPTModel(nn.Module):
             return None
         if head.out_features != self.config.padded_vocab_size:
             return None
-        return decoder.TokenWeights(
+        return TokenWeights(
             self.tok_emb.weight,
             self.pos_emb.weight,
             (norm.scale, norm.shift),
@@ -160,7 +161,7 @@ class GPTModel(nn.Module):
         """Whether `self(idx, cache=cache)` is what this class makes it."""
         return type(self).forward is GPTModel.forward
 
-    def decode_engine(self, batch_size: int, positions: int) -> decoder.Engine | str:
+    def decode_engine(self, batch_size: int, positions: int) -> engine.Engine | str:
         """The engine for one new token a row of `batch_size` rows, up to `positions` each; or why the modules are called instead.
 
         It is the caller's alone until its `release`.
@@ -171,11 +172,11 @@ class GPTModel(nn.Module):
             return f"the model is on {self.device.type}"
         if torch.is_autocast_enabled(self.device.type):
             return "autocast is on"
-        plan = self._decoder_plan()
+        plan = self._plan()
         if isinstance(plan, str):
             return plan
-        why = decoder.obstacle(plan, self.config, batch_size)
-        return decoder.acquire(self, self.config, plan, batch_size, positions) if why is None else why
+        why = engine.obstacle(plan, self.config, batch_size)
+        return engine.acquire(self, self.config, plan, batch_size, positions) if why is None else why
 
     def loss(self, idx: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
         """Mean cross-entropy in nats of the logits at each position with `targets` int64 [B, T]; a scalar in fp32.
@@ -242,7 +243,7 @@ class GPTModel(nn.Module):
 
         Args: those of `fastgpt.generate`. A row that meets a stop token keeps it and repeats it to the end of the longest row.
         """
-        return generation.generate_tensor(
+        return generate_tensor(
             self,
             idx,
             max_new_tokens,
@@ -268,7 +269,7 @@ class GPTModel(nn.Module):
         revision: str | None = None,
         allow_pickle: bool = False,
     ) -> GPTModel:
-        """Load a model: a directory or file of a format that fastgpt.weights knows, by content, "bundled", or a hub name.
+        """Load a model: a directory or file of a format that fastgpt.checkpoints knows, by content, "bundled", or a hub name.
 
         Args:
             source: local files come first; else a name such as "gpt2" or "owner/name" on the Hugging Face hub (extra `hub`).
@@ -338,4 +339,4 @@ class GPTModel(nn.Module):
 
 
 # Plans live beside the models, not in them: a copy or a pickle of a model has none.
-_plans: WeakKeyDictionary[GPTModel, decoder.Plan] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[GPTModel, Plan] = WeakKeyDictionary()

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fastgpt import reference
-from fastgpt.sampling import SAMPLERS
 
 BACKENDS = ("auto", "triton", "reference")
+SAMPLERS = ("torch", "fused")  # of tokens; see sampler_kernels
 OPS = (
     "embedding",
     "layer_norm",

@@ -11,9 +11,9 @@ from typing import TypeVar
 
 from torch import nn
 
-from fastgpt.decoder import plain
 from fastgpt.layers import Int8Linear
 from fastgpt.model import GPTModel
+from fastgpt.plan import plain
 
 _G = TypeVar("_G", bound=GPTModel)
 

@@ -22,8 +22,8 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp  # noqa: F401
 from models import tiny_model
 
-from fastgpt.data import TokenStream
-from fastgpt.tokenizer import SymbolTokenizer
+from fastgpt.text.data import TokenStream
+from fastgpt.text.tokenizer import SymbolTokenizer
 from fastgpt.training import Trainer
 from fastgpt.training.distributed import World
 from fastgpt.training.settings import TrainSettings

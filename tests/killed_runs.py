@@ -19,8 +19,8 @@ import torch
 import torch._dynamo  # before the fork, or every process spends seconds on it
 from models import tiny_config
 
-from fastgpt.data import TokenStream
-from fastgpt.tokenizer import SymbolTokenizer
+from fastgpt.text.data import TokenStream
+from fastgpt.text.tokenizer import SymbolTokenizer
 from fastgpt.training import Trainer, checkpoint, new_model
 from fastgpt.training.settings import TrainSettings
 

@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel
 
 from fastgpt import GPTModel, evaluation
 from fastgpt.evaluation import evaluate
-from fastgpt.tokenizer import BytePairTokenizer, SymbolTokenizer, Tokenizer
+from fastgpt.text.tokenizer import BytePairTokenizer, SymbolTokenizer, Tokenizer
 
 DOCUMENTS = ["naïve words, ", "and then some more of them 🙂🙂\n" * 2, "", "the end"]
 PLAIN = BytePairTokenizer.from_ranks({bytes([b]): b for b in range(256)} | {b"the": 256, b" so": 257})

@@ -13,8 +13,9 @@ from models import TINY, spread, tiny_config, tiny_model
 from nanogpt_oracle import NanoGPT
 from torch import nn
 
-from fastgpt import GPTModel, KVCache, decoder, quantize
+from fastgpt import GPTModel, KVCache, quantize
 from fastgpt.config import ContextLengthError, TokenIdError
+from fastgpt.inference import cpu
 
 
 def book():
@@ -371,8 +372,8 @@ def test_a_cpus_decoder_is_as_accurate_as_the_modules(rows, dtype, int8, monkeyp
     model = tiny_model(emb_dim=64).to(dtype)
     model = quantize(model) if int8 else model
     calls = []
-    decode = decoder.decode
-    monkeypatch.setattr(decoder, "decode", lambda *args: calls.append(1) or decode(*args))
+    decode = cpu.decode
+    monkeypatch.setattr(cpu, "decode", lambda *args: calls.append(1) or decode(*args))
     idx = torch.randint(101, (rows, 9))
 
     @torch.no_grad()

@@ -14,11 +14,11 @@ from torch import nn
 
 from examples.train_bundled_model import standard_library
 from fastgpt import GPTModel, generate, quantize
+from fastgpt.checkpoints.weights import BUNDLED
 from fastgpt.evaluation import evaluate
 from fastgpt.layers import Int8Linear
 from fastgpt.reference import WIDENED_ROWS
-from fastgpt.tokenizer import load_tokenizer
-from fastgpt.weights import BUNDLED
+from fastgpt.text.tokenizer import load_tokenizer
 
 LINEARS = 2 * 6 + 1
 

@@ -1,1 +1,1 @@
-"""Other programs' checkpoints: names and orientation, configs, files. The door is fastgpt.weights."""
+"""Other programs' checkpoints: names and orientation, configs, files. The door is fastgpt.checkpoints.weights."""

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from fastgpt.checkpoints.layouts import same
 from fastgpt.checkpoints.names import differences
+from fastgpt.checkpoints.weights import FORMATS, Loaded, load, padded, save_as, widened
 from fastgpt.commands.options import DTYPE_FLAGS
 from fastgpt.config import GPTConfig
 from fastgpt.model import GPTModel
-from fastgpt.weights import FORMATS, Loaded, load, padded, save_as, widened
 
 HELP = "Convert a checkpoint to another program's format, and check the result by its logits."
 

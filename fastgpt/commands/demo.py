@@ -11,12 +11,12 @@ from typing import cast
 
 import torch
 
+from fastgpt.checkpoints.weights import BUNDLED
 from fastgpt.commands.options import device_option, pick_device
-from fastgpt.generation import Step, generate
+from fastgpt.inference.generate import Step, generate
 from fastgpt.info import ops_table
 from fastgpt.model import GPTModel
-from fastgpt.tokenizer import load_tokenizer
-from fastgpt.weights import BUNDLED
+from fastgpt.text.tokenizer import load_tokenizer
 
 # No line end behind it: GPT-2's pattern makes one token of a line end and the spaces after it, so that the model, which has seen
 # no other, would go on unindented.

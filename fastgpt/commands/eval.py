@@ -6,8 +6,8 @@ import argparse
 import json
 
 from fastgpt.commands.options import device_option, dtype_option, load_model, model_option
-from fastgpt.data import expand, read_text
 from fastgpt.evaluation import evaluate
+from fastgpt.text.data import expand, read_text
 
 HELP = "Bits per byte and perplexity of a model on text files."
 

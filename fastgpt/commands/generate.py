@@ -12,10 +12,10 @@ from typing import cast
 import torch
 
 from fastgpt.commands.options import device_option, dtype_option, load_model, model_option
-from fastgpt.data import read_text
-from fastgpt.generation import OVERFLOWS, Step, generate
+from fastgpt.inference.generate import OVERFLOWS, Step, generate
+from fastgpt.ops import SAMPLERS
 from fastgpt.quantization import quantize
-from fastgpt.sampling import SAMPLERS
+from fastgpt.text.data import read_text
 
 HELP = "Continue a prompt."
 

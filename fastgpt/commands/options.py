@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from fastgpt.checkpoints.names import DTYPES
+from fastgpt.checkpoints.weights import BUNDLED, HUB_NAMES
 from fastgpt.model import GPTModel
-from fastgpt.tokenizer import Tokenizer, load_tokenizer
-from fastgpt.weights import BUNDLED, HUB_NAMES
+from fastgpt.text.tokenizer import Tokenizer, load_tokenizer
 
 DTYPE_FLAGS = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 

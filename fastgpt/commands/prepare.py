@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from fastgpt.prepare import PrepareSettings, prepare
+from fastgpt.text.prepare import PrepareSettings, prepare
 
 HELP = "Turn text files, .jsonl, parquet or Hugging Face datasets into token shards for `fastgpt train`."
 

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastgpt.checkpoints.weights import BUNDLED
 from fastgpt.commands.options import device_option, pick_device
 from fastgpt.config import GPTConfig
-from fastgpt.data import TokenStream, encode_with_starts, expand, read_text, split_validation
 from fastgpt.model import GPTModel
-from fastgpt.shards import DATASET, Tokens, holds_tokens, open_tokens
-from fastgpt.tokenizer import SymbolTokenizer, Tokenizer, load_tokenizer
+from fastgpt.text.data import TokenStream, encode_with_starts, expand, read_text, split_validation
+from fastgpt.text.shards import DATASET, Tokens, holds_tokens, open_tokens
+from fastgpt.text.tokenizer import SymbolTokenizer, Tokenizer, load_tokenizer
 from fastgpt.training import Trainer, checkpoint, new_model, progress
 from fastgpt.training.distributed import World, launched
 from fastgpt.training.loop import SETTINGS
 from fastgpt.training.lora import add_lora
 from fastgpt.training.settings import RunSettings, add_flags, given, make, read_toml
-from fastgpt.weights import BUNDLED
 
 HELP = "Train a model on text files, each a document, or on tokens that `fastgpt prepare`, nanoGPT or llm.c wrote."
 

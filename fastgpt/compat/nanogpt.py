@@ -26,12 +26,13 @@ import torch
 from torch import Tensor, nn
 
 import fastgpt.config
-from fastgpt import generation, layers, ops, weights
-from fastgpt.cache import KVCache
-from fastgpt.checkpoints import layouts
+from fastgpt import layers, ops
+from fastgpt.checkpoints import layouts, weights
 from fastgpt.checkpoints.dialects import said_activation
-from fastgpt.decoder import plain
+from fastgpt.inference.cache import KVCache
+from fastgpt.inference.generate import generate_tensor
 from fastgpt.model import GPTModel
+from fastgpt.plan import plain
 from fastgpt.training.optimizer import optimizer_groups
 
 A100_BF16_FLOPS = 312e12  # the peak that nanoGPT's MFU is a share of
@@ -222,7 +223,7 @@ class GPT(nn.Module):
             top_k: keep the k most likely tokens; None or a k over V keeps all.
         """
         core = self.as_gpt_model() if self._own() is None else _Uncached(self)
-        return generation.generate_tensor(
+        return generate_tensor(
             core, idx, max_new_tokens, temperature=temperature, top_k=top_k, use_cache=isinstance(core, GPTModel)
         )
 
@@ -267,7 +268,7 @@ class GPT(nn.Module):
         """GPT-2's weights: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl" from the hub (extra `hub`), or a local path.
 
         Args:
-            model_type: local paths come first, and may be whatever `fastgpt.weights.load_pretrained` takes.
+            model_type: local paths come first, and may be whatever `fastgpt.checkpoints.weights.load_pretrained` takes.
             override_args: only `dropout`, 0 by default.
 
         The activation is the checkpoint's: tanh GELU for GPT-2, where nanoGPT's own conversion runs the exact one. Raises
@@ -344,7 +345,7 @@ def core_config(config: GPTConfig) -> fastgpt.config.GPTConfig:
 
 
 class _Uncached(nn.Module):
-    """A GPT as fastgpt.generation calls a model, by its own forward alone."""
+    """A GPT as fastgpt.inference.generate calls a model, by its own forward alone."""
 
     def __init__(self, gpt: GPT) -> None:
         super().__init__()

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from fastgpt import weights
+from fastgpt.checkpoints import weights
 from fastgpt.config import GPTConfig, TokenIdError
-from fastgpt.data import IGNORED, TokenStream
 from fastgpt.files import write_text
 from fastgpt.model import GPTModel
-from fastgpt.shards import Tokens
-from fastgpt.tokenizer import Tokenizer
+from fastgpt.text.data import IGNORED, TokenStream
+from fastgpt.text.shards import Tokens
+from fastgpt.text.tokenizer import Tokenizer
 from fastgpt.training import checkpoint, lora, progress
 from fastgpt.training.capture import CapturedStep
 from fastgpt.training.distributed import Engine, World, whole

@@ -12,7 +12,8 @@ from fused_token import prefilled, token_weights
 from models import tiny_model
 from mutants import mutant
 
-from fastgpt import PRESETS, GPTModel, decoder, generate, quantize, use_backend
+from fastgpt import PRESETS, GPTModel, generate, quantize, use_backend
+from fastgpt.inference import engine as engines
 from fastgpt_kernels import _launch
 
 module = importlib.import_module("fastgpt_kernels.decode_token")
@@ -129,8 +130,8 @@ def test_mutants_are_caught(name, device):
 def test_generate_takes_the_engine(device, monkeypatch):
     """The engine's tokens from int8 weights are the float64 ones; a changed scale and a replaced matrix are seen."""
     steps = []
-    token = decoder.Engine._token
-    monkeypatch.setattr(decoder.Engine, "_token", lambda self: steps.append(len(self.tokens)) or token(self))
+    token = engines.Engine._token
+    monkeypatch.setattr(engines.Engine, "_token", lambda self: steps.append(len(self.tokens)) or token(self))
     model, prompts = int8_model({"n_layers": 1}, device=device), [[5, 6, 7], [9]]
 
     def check():
@@ -147,7 +148,7 @@ def test_generate_takes_the_engine(device, monkeypatch):
     check()
     assert len(steps) == 3 * 4
     with torch.no_grad(), use_backend("triton"):
-        assert isinstance(model.decode_engine(1, 16), decoder.Engine)
+        assert isinstance(model.decode_engine(1, 16), engines.Engine)
         assert "int8 weights are for 8 rows" in model.decode_engine(9, 16)
         mixed = copy.deepcopy(model)
         mixed.out_head = torch.nn.Linear(32, 101, bias=False).to(device)

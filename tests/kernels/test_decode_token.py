@@ -13,7 +13,8 @@ from fused_token import prefilled, token_weights
 from models import tiny_model
 from mutants import mutant
 
-from fastgpt import PRESETS, GPTModel, KVCache, decoder, use_backend
+from fastgpt import PRESETS, GPTModel, KVCache, use_backend
+from fastgpt.inference import engine as engines
 from fastgpt_kernels import _launch
 
 module = importlib.import_module("fastgpt_kernels.decode_token")
@@ -240,7 +241,7 @@ def test_graph_replay_and_repeats_are_bit_equal(device):
     model = shaped_model(PRESETS["gpt2"].replace(n_layers=3).to_dict(), torch.bfloat16, device)
     with torch.no_grad():
         engine = model.decode_engine(2, 1024)
-        assert isinstance(engine, decoder.Engine)
+        assert isinstance(engine, engines.Engine)
         prompt = torch.randint(50257, (2, 700), device=device)
         engine.begin()
         model(prompt, cache=engine.cache)

@@ -9,7 +9,7 @@ import torch
 from layouts import LAYOUTS
 from mutants import mutant
 
-from fastgpt.sampling import INVALID, SamplingParams, filtered, sample
+from fastgpt.inference.sampling import INVALID, SamplingParams, filtered, sample
 from fastgpt_kernels.sampling import STOPS, Draws, draw_tokens, filter_logits, sample_tokens
 
 module = importlib.import_module("fastgpt_kernels.sampling")

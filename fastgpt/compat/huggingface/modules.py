@@ -17,7 +17,7 @@ from transformers.models.gpt2 import modeling_gpt2
 from transformers.utils.generic import can_return_tuple
 
 from fastgpt import ops
-from fastgpt.decoder import plain
+from fastgpt.plan import plain
 
 ATTENTION = "fastgpt"  # the name in transformers' registries
 WEIGHTS = "fastgpt_attention_weights"  # keyword from the model's entry to the attention function

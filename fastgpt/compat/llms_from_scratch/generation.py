@@ -18,11 +18,11 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from fastgpt.batch import PREFILL_CHUNK, activation_dtype, evaluating
-from fastgpt.cache import KVCache
 from fastgpt.compat.llms_from_scratch.model import GPTModel
+from fastgpt.inference.batch import PREFILL_CHUNK, activation_dtype, evaluating
+from fastgpt.inference.cache import KVCache
+from fastgpt.inference.sampling import SamplingParams, sample
 from fastgpt.model import GPTModel as CoreModel
-from fastgpt.sampling import SamplingParams, sample
 
 
 def generate_text_simple(model: Callable[..., Tensor], idx: Tensor, max_new_tokens: int, context_size: int) -> Tensor:

@@ -19,11 +19,11 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from fastgpt import generation
-from fastgpt.cache import KVCache as CoreCache
 from fastgpt.checkpoints import layouts
 from fastgpt.checkpoints.names import names_of
 from fastgpt.config import REQUIRED_KEYS, GPTConfig
+from fastgpt.inference.batch import activation_dtype
+from fastgpt.inference.cache import KVCache as CoreCache
 from fastgpt.model import GPTModel as CoreModel
 
 Entry: TypeAlias = "tuple[Tensor, Tensor] | None"  # keys and values of a layer, [B, H, S, D] each
@@ -144,7 +144,7 @@ class GPTModel(CoreModel):
         return state
 
     def _own_cache(self, in_idx: Tensor) -> CoreCache:
-        B, dtype = in_idx.shape[0], generation.activation_dtype(self, self.device)
+        B, dtype = in_idx.shape[0], activation_dtype(self, self.device)
         cache = _own_caches.get(self)
         if cache is None:
             cache = _own_caches[self] = CoreCache(self.config, B, dtype=dtype, device=self.device)
@@ -165,7 +165,7 @@ class GPTModel(CoreModel):
         memory, known = _memories.pop(cache, (None, []))  # the call puts it back, unless it fails half-way
         if memory is not None and all(a is b for a, b in zip(entries, known, strict=True)):
             return memory
-        memory = CoreCache(config, B, dtype=generation.activation_dtype(self, self.device), device=self.device)
+        memory = CoreCache(config, B, dtype=activation_dtype(self, self.device), device=self.device)
         filled = [entry for entry in entries if entry is not None]
         if not filled:
             return memory

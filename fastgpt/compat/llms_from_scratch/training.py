@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from fastgpt.batch import evaluating
 from fastgpt.compat.llms_from_scratch.generation import (
     generate_text_simple,
     ours,
@@ -18,8 +17,9 @@ from fastgpt.compat.llms_from_scratch.generation import (
     token_ids_to_text,
     unwrapped,
 )
-from fastgpt.decoder import plain
-from fastgpt.tokenizer import load_tokenizer
+from fastgpt.inference.batch import evaluating
+from fastgpt.plan import plain
+from fastgpt.text.tokenizer import load_tokenizer
 
 Device: TypeAlias = "torch.device | str"
 

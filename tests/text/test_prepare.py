@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastgpt import prepare as module
+from fastgpt.checkpoints.weights import BUNDLED
 from fastgpt.cli import main
-from fastgpt.prepare import PrepareSettings, prepare
-from fastgpt.shards import (
+from fastgpt.text import prepare as module
+from fastgpt.text.prepare import PrepareSettings, prepare
+from fastgpt.text.shards import (
     Shard,
     Tokens,
     document_starts,
@@ -26,8 +27,7 @@ from fastgpt.shards import (
     read_shard,
     write_shard,
 )
-from fastgpt.tokenizer import load_tokenizer
-from fastgpt.weights import BUNDLED
+from fastgpt.text.tokenizer import load_tokenizer
 
 WORDS = ["naïve", "the", "tree\n", "🙂", '"quoted"', "\u2028", "import", "def f(x):\r\n", " "]
 

@@ -21,13 +21,13 @@ from distributed_runs import HALF, STARTS, STEPS, TOKENS, train
 from models import tiny_model
 
 from fastgpt import GPTModel
-from fastgpt.data import TokenStream
+from fastgpt.text.data import TokenStream
 from fastgpt.training import checkpoint
 from fastgpt.training.checkpoint import CheckpointError
 from fastgpt.training.distributed import World, launched
 from fastgpt.training.settings import TrainSettings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 Runs = dict[str, dict[str, Any]]
 
 

@@ -10,8 +10,9 @@ from fused_token import wide_tiles
 from models import spread, tiny_model
 from torch import Tensor
 
-from fastgpt import PRESETS, GPTModel, decoder, generate, use_backend
-from fastgpt.batch import prefill
+from fastgpt import PRESETS, GPTModel, generate, use_backend
+from fastgpt.inference import engine as engines
+from fastgpt.inference.batch import prefill
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
@@ -59,7 +60,7 @@ def engine_logits(model: GPTModel, prompt: list[int], forced: list[int]) -> Tens
     """The engine's logits, in float64, for the same positions, given the tokens instead of choosing them."""
     with use_backend("triton"):
         engine = model.decode_engine(1, len(prompt) + len(forced))
-        assert isinstance(engine, decoder.Engine)
+        assert isinstance(engine, engines.Engine)
         logits = [prefill(model, engine.cache, [prompt])[0].double()]
         engine.begin()
         for token in forced[:-1]:

@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastgpt.data import encode_with_starts, expand, read_text
 from fastgpt.files import write_text
-from fastgpt.shards import DATASET, write_shard
-from fastgpt.tokenizer import SymbolTokenizer, Tokenizer, load_tokenizer
+from fastgpt.text.data import encode_with_starts, expand, read_text
+from fastgpt.text.shards import DATASET, write_shard
+from fastgpt.text.tokenizer import SymbolTokenizer, Tokenizer, load_tokenizer
 
 PLAN = "plan.json"
 DATASET_ROWS = 20_000  # of a Hugging Face dataset in a unit: about 100 MB of web pages

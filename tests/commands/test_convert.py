@@ -14,9 +14,9 @@ from test_layouts import IDS, bits, close, hugging_face, rows
 from transformers import GPT2LMHeadModel
 
 from fastgpt import GPTModel
+from fastgpt.checkpoints.weights import load, save_as
 from fastgpt.cli import main
 from fastgpt.commands import convert
-from fastgpt.weights import load, save_as
 
 
 def run(source: Path | str, destination: Path, to: str, *flags: str) -> int:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SAMPLERS = ("torch", "fused")
 INVALID = -1  # the token of a row that has NaN, +Inf or nothing but -Inf logits
 
 

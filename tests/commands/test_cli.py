@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from fastgpt import PRESETS, GPTModel, generate, quantize, use_backend
+from fastgpt.checkpoints.weights import BUNDLED
 from fastgpt.cli import main
 from fastgpt.ops import triton_unavailable
-from fastgpt.tokenizer import load_tokenizer
-from fastgpt.weights import BUNDLED
+from fastgpt.text.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastgpt.cache import KVCache
 from fastgpt.config import GPTConfig
-from fastgpt.decoder import Engine
-from fastgpt.replay import Loop, Reading
-from fastgpt.sampling import INVALID, Sampler
+from fastgpt.inference.ahead import Loop, Reading
+from fastgpt.inference.cache import KVCache
+from fastgpt.inference.engine import Engine
+from fastgpt.inference.sampling import INVALID, Sampler
 
 # Positions of one prefill forward. The activations of a chunk are 16 * width * chunk elements, 25 MB in bf16 at GPT-2 124M,
 # and 1024 rows already fill every GEMM; a longer chunk only raises the peak.

@@ -10,9 +10,9 @@ from models import tiny_model
 from transformers import GPT2LMHeadModel
 
 from fastgpt import GPTModel, generate, use_backend
-from fastgpt.speculation import History
-from fastgpt.tokenizer import load_tokenizer
-from fastgpt.weights import BUNDLED
+from fastgpt.checkpoints.weights import BUNDLED
+from fastgpt.inference.speculation import History
+from fastgpt.text.tokenizer import load_tokenizer
 
 RAGGED = [[5, 6, 7], [9], [1, 2, 3, 1, 2, 3, 1, 2, 3, 1], [50, 60, 70, 80, 90]]
 
@@ -147,14 +147,14 @@ def test_bundled_model_on_its_own_text(widths):
 @pytest.mark.parametrize("ragged", [False, True])
 def test_beside_a_decode_engine(device, monkeypatch, widths, ragged):
     """Rounds without a guess run on the engine, whose cache the others truncate."""
-    from fastgpt import decoder
+    from fastgpt.inference import engine as engines
     from fastgpt_kernels import decode_token
 
     for name in ("ROWS", "PROJECT_ROWS", "HEAD_ROWS"):
         monkeypatch.setattr(decode_token, name, 64)
     steps = []
-    step = decoder.Engine.step
-    monkeypatch.setattr(decoder.Engine, "step", lambda self, t: steps.append(len(t)) or step(self, t))
+    step = engines.Engine.step
+    monkeypatch.setattr(engines.Engine, "step", lambda self, t: steps.append(len(t)) or step(self, t))
     small = tiny_model(n_layers=1).to(device)
     prompts = [[5, 6, 7], [1, 2, 3, 4, 1, 2]] if ragged else [[5, 6, 7]]
     with use_backend("reference"):

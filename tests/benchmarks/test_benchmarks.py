@@ -54,7 +54,7 @@ from benchmarks.harness import Absent, Candidate, Case, Work, Wrong
 from fastgpt import PRESETS
 from fastgpt.cli import main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 

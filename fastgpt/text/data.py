@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgpt.shards import Tokens
-from fastgpt.tokenizer import Tokenizer
+from fastgpt.text.shards import Tokens
+from fastgpt.text.tokenizer import Tokenizer
 
 IGNORED = -100  # targets that don't count, as in torch's cross_entropy
 

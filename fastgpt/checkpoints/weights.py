@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-BUNDLED = Path(__file__).parent / "assets"
+BUNDLED = Path(__file__).parent.parent / "assets"
 FORMATS = {"hf": "gpt2", "nanogpt": "nanogpt", "llms-from-scratch": "llms-from-scratch", "llmc": "llmc"}  # -> layout
 # What a directory may hold, the first of these that is there; an .index.json names shards.
 SAFE_NAMES = ("model.safetensors", "model.safetensors.index.json")

@@ -9,9 +9,10 @@ import torch
 from models import tiny_model
 from transformers import GPT2LMHeadModel
 
-from fastgpt import Completion, KVCache, batch, generate
-from fastgpt.batch import prefill
+from fastgpt import Completion, KVCache, generate
 from fastgpt.config import ContextLengthError, TokenIdError
+from fastgpt.inference import batch
+from fastgpt.inference.batch import prefill
 
 RAGGED = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [50, 60, 70, 80, 90]]
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fastgpt import ops
-from fastgpt.batch import Batch, LanguageModel, Stepper, activation_dtype, evaluating
 from fastgpt.config import ContextLengthError, TokenIdError
-from fastgpt.sampling import INVALID, Sampler, SamplingParams
-from fastgpt.speculation import Lookahead, check_lookup
+from fastgpt.inference.batch import Batch, LanguageModel, Stepper, activation_dtype, evaluating
+from fastgpt.inference.sampling import INVALID, Sampler, SamplingParams
+from fastgpt.inference.speculation import Lookahead, check_lookup
 
 Prompts: TypeAlias = Sequence[Sequence[int] | Tensor] | Tensor
 
@@ -76,13 +76,13 @@ def generate(
         model: a GPTModel, or anything with its `config` and call.
         prompts: sequences of token ids, each with at least one.
         max_new_tokens: tokens to add to each prompt, at most.
-        temperature, top_k, top_p, min_p, repetition_penalty: see fastgpt.sampling.SamplingParams.
+        temperature, top_k, top_p, min_p, repetition_penalty: see fastgpt.inference.sampling.SamplingParams.
         stop_tokens: ids that end a row; the id that ended it is kept.
         generator: of the random draws; None is torch's global one. One draw a step for the whole batch; one a call if "fused".
         overflow: past the context length, "crop" goes on with the last context_length tokens, recomputed for each new one;
             "stop" ends the row when prompt and completion fill the context; "error" raises ContextLengthError before computing.
         use_cache: False recomputes everything for each token; the tokens are the same.
-        lookup: guess up to so many tokens from a row's own text, and judge them in one forward; see fastgpt.speculation.
+        lookup: guess up to so many tokens from a row's own text, and judge them in one forward; see .speculation.
         sampler: "torch" draws as transformers does; "fused" in Triton on the GPU, each token by seed, row and position alone.
         logprobs: also report each token's log-probability.
         stream: return an iterator of Steps instead; the work happens as it is consumed.
@@ -265,6 +265,6 @@ def _ids(prompt: Sequence[int] | Tensor) -> list[int]:
         return prompt.tolist()
     if isinstance(prompt, (str, bytes)):
         raise ValueError(
-            f"a prompt must be token ids, got {type(prompt).__name__}; encode text with fastgpt.tokenizer first"
+            f"a prompt must be token ids, got {type(prompt).__name__}; encode text with fastgpt.text.tokenizer first"
         )
     return [int(token) for token in prompt]

@@ -28,21 +28,22 @@ import torch.nn.functional as F
 from models import tiny_config, tiny_model
 from torch import Tensor, nn
 
-from fastgpt import GPTModel, use_backend, weights
+from fastgpt import GPTModel, use_backend
+from fastgpt.checkpoints import weights
+from fastgpt.checkpoints.weights import BUNDLED
 from fastgpt.cli import main
 from fastgpt.config import PRESETS, GPTConfig, TokenIdError
-from fastgpt.data import TokenStream
-from fastgpt.shards import Tokens, read_shard, write_shard
-from fastgpt.tokenizer import SymbolTokenizer, load_tokenizer
+from fastgpt.text.data import TokenStream
+from fastgpt.text.shards import Tokens, read_shard, write_shard
+from fastgpt.text.tokenizer import SymbolTokenizer, load_tokenizer
 from fastgpt.training import NonFiniteLoss, Trainer, checkpoint, loop, lora, new_model
 from fastgpt.training.capture import WARMUP_STEPS
 from fastgpt.training.checkpoint import STATE, CheckpointError
 from fastgpt.training.optimizer import configure_optimizers, optimizer_groups
 from fastgpt.training.progress import CURVE, LOG, flops_per_token, peak_flops, summary
 from fastgpt.training.settings import RunSettings, TrainSettings, read_toml, to_toml
-from fastgpt.weights import BUNDLED
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TOKENIZER = SymbolTokenizer("char", [chr(33 + n) for n in range(101)])
 TOKENS = np.random.default_rng(1).integers(0, 101, 1200).astype(np.uint16)
 FAST = {

@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model
 
-from fastgpt import GPTConfig, GPTModel, weights
-from fastgpt.weights import CheckpointError, load_pretrained, save_pretrained
+from fastgpt import GPTConfig, GPTModel
+from fastgpt.checkpoints import weights
+from fastgpt.checkpoints.weights import CheckpointError, load_pretrained, save_pretrained
 
 IDS = torch.randint(0, 101, (2, 16), generator=torch.Generator().manual_seed(7))
 

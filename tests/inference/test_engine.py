@@ -12,8 +12,12 @@ from fused_token import wide_tiles
 from models import tiny_model
 from torch import nn
 
-from fastgpt import GPTModel, decoder, generate, generation, replay, use_backend
-from fastgpt.batch import prefill
+from fastgpt import GPTModel, generate, use_backend
+from fastgpt.graphs import Graph
+from fastgpt.inference import ahead
+from fastgpt.inference import engine as engines
+from fastgpt.inference import generate as generation
+from fastgpt.inference.batch import prefill
 from fastgpt_kernels import _launch
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
@@ -36,8 +40,8 @@ def model(device) -> GPTModel:
 def steps(monkeypatch) -> list[int]:
     """How many rows each step of an engine had."""
     made = []
-    call = replay.Graph.__call__  # its first buffer is the engine's positions
-    monkeypatch.setattr(replay.Graph, "__call__", lambda self, run: made.append(len(self._moved[0])) or call(self, run))
+    call = Graph.__call__  # its first buffer is the engine's positions
+    monkeypatch.setattr(Graph, "__call__", lambda self, run: made.append(len(self._moved[0])) or call(self, run))
     return made
 
 
@@ -45,8 +49,8 @@ def steps(monkeypatch) -> list[int]:
 def bursts(monkeypatch) -> list[int]:
     """How many tokens each burst of an engine had."""
     made = []
-    run = decoder.Engine.run
-    monkeypatch.setattr(decoder.Engine, "run", lambda *args: made.append(args[3]) or run(*args))
+    run = engines.Engine.run
+    monkeypatch.setattr(engines.Engine, "run", lambda *args: made.append(args[3]) or run(*args))
     return made
 
 
@@ -109,17 +113,17 @@ def test_a_seed_gives_the_modules_tokens(model, steps):
 
 def test_one_engine_serves_calls_of_any_length_and_two_at_once(model):
     ours(model, [[1, 2]], 3)
-    (engine,) = decoder._engines[model]
+    (engine,) = engines._engines[model]
     assert ours(model, [[4] * 9], 5) == exact(model, [[4] * 9], 5)
     with use_backend("triton"):
         one = generate(model, [[1, 2]], 4, stream=True)
         first = [next(one).tokens]
-        assert decoder._engines[model] == []
+        assert engines._engines[model] == []
         between = generate(model, [[1, 2]], 4)
         rest = [step.tokens for step in one]
     assert [t for (t,) in first + rest] == between[0].tokens
-    assert len(decoder._engines[model]) == 2
-    assert engine in decoder._engines[model]
+    assert len(engines._engines[model]) == 2
+    assert engine in engines._engines[model]
 
 
 def test_changed_and_replaced_parameters_are_seen(model):
@@ -192,8 +196,8 @@ def test_the_host_looks_once_in_a_while_and_one_burst_ahead(model, bursts, monke
     assert bursts == [11], "the first token comes from the prefill"
     monkeypatch.setattr(generation, "LOOK_EVERY", 4)
     order = []
-    reading = replay.Reading
-    monkeypatch.setattr(decoder, "Reading", lambda *args: order.append("start") or reading(*args))
+    reading = ahead.Reading
+    monkeypatch.setattr(engines, "Reading", lambda *args: order.append("start") or reading(*args))
     tokens = reading.tokens
     monkeypatch.setattr(reading, "tokens", lambda self: order.append("read") or tokens(self))
     ours(model, [[1, 2]], 14)
@@ -207,10 +211,10 @@ def test_the_host_looks_once_in_a_while_and_one_burst_ahead(model, bursts, monke
 
 def test_samplers_take_turns_in_their_own_loops(model, monkeypatch):
     """Other settings have other graphs; the oldest of too many goes."""
-    monkeypatch.setattr(decoder, "KEPT_LOOPS", 2)
+    monkeypatch.setattr(engines, "KEPT_LOOPS", 2)
     expected = [fused(model, PROMPTS, 3, temperature=t) for t in (0.5, 1.0, 1.5)]
     assert [fused(model, PROMPTS, 3, temperature=t) for t in (1.5, 0.5, 1.0)] == [expected[2], *expected[:2]]
-    (engine,) = decoder._engines[model]
+    (engine,) = engines._engines[model]
     assert [key[0].temperature for key in engine._loops] == [0.5, 1.0]
 
 
@@ -230,10 +234,10 @@ def test_too_little_memory_says_what_would_fit(model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 80 * 2**30))
     row = 2 * model.config.n_layers * 32 * 16 * 4  # bytes of keys and values
     fits = 3 * 2**20 // row
-    decoder._check_memory(model.config, model.tok_emb.weight, fits, 16, held)
+    engines._check_memory(model.config, model.tok_emb.weight, fits, 16, held)
     assert held, "engines of other sizes go only where room is needed"
     with pytest.raises(ValueError, match=rf"{fits + 1} rows of 16 positions takes .* GB.*{fits} rows fit"):
-        decoder._check_memory(model.config, model.tok_emb.weight, fits + 1, 16, held)
+        engines._check_memory(model.config, model.tok_emb.weight, fits + 1, 16, held)
     assert not held
 
 

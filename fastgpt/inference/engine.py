@@ -1,16 +1,11 @@
-"""One token at a time, fast: a block's work as a handful of calls, without calling its modules.
+"""One new token a row on a GPU: static buffers, a KV cache, and the whole token in a CUDA graph.
 
-On a CPU a token of GPT-2 124M in fp32 reads 498 MB of weights, and that is the floor; calling some 150 modules adds a fifth to
-it. `decode` makes a block a dozen torch calls: the reference's arithmetic in the reference's order.
+The floor of a token of GPT-2 124M in bf16 is some 90 us, a fraction of the time that it takes to launch its kernels one by one.
+An `Engine` captures them once: up to 8 rows as the fused kernels of fastgpt_kernels.decode_token, more rows as GEMMs and
+attention.
+Its kernels read positions on the device, so that one graph serves every length that the cache holds.
 
-On a GPU the floor of the same token in bf16 is some 90 us, a fraction of the time that it takes to launch its kernels one by
-one. An `Engine` owns static buffers and a KV cache and captures the whole token in a CUDA graph once: up to 8 rows as the
-fused kernels of fastgpt_kernels.decode_token, more rows as GEMMs and attention. Its kernels read positions on the device, so
-that one graph serves every length that the cache holds.
-
-Both run from a Plan, made by `GPTModel`, which also says when it applies: plain pre-norm blocks in eval mode, no gradients, a
-KV cache, one new token a row. Everything else takes the modules. The weights are the parameters' own memory: nothing is
-packed, so that a change in place is seen, and a replaced parameter is noticed.
+It runs from a fastgpt.plan.Plan, made by `GPTModel`; everything that has none takes the modules.
 """
 
 from __future__ import annotations
@@ -18,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from types import ModuleType
-from typing import Any, NamedTuple, TypeGuard, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,114 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops
-from fastgpt.cache import KVCache
 from fastgpt.config import GPTConfig
-from fastgpt.reference import activate, decode_attention, int8_linear
-from fastgpt.replay import Graph, Loop, Reading
-from fastgpt.sampling import Sampler
-
-_M = TypeVar("_M", bound=nn.Module)
-
-
-class BlockWeights(NamedTuple):
-    """A block's parameters: norms (scale, shift or None); matrices as [in, out] views with their biases or None.
-
-    With `scales`, fp32 [out] of the six matrices in order, they are int8.
-    """
-
-    norm1: tuple[Tensor, Tensor | None]
-    qkv: list[tuple[Tensor, Tensor | None]]
-    out: tuple[Tensor, Tensor | None]
-    norm2: tuple[Tensor, Tensor | None]
-    up: tuple[Tensor, Tensor | None]
-    down: tuple[Tensor, Tensor | None]
-    scales: tuple[Tensor, ...] | None = None
-
-
-class TokenWeights(NamedTuple):
-    """What a token reads besides the blocks: tables [V, C] and [P, C], final norm, head [V, C] with its bias or None."""
-
-    tokens: Tensor
-    positions: Tensor
-    norm: tuple[Tensor, Tensor | None]
-    head: tuple[Tensor, Tensor | None]
-    head_scale: Tensor | None = None  # of an int8 head
-
-
-def plain(module: nn.Module, kind: type[_M]) -> TypeGuard[_M]:
-    """Exactly a `kind`, with nothing that calling it would run besides its own forward."""
-    return type(module) is kind and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-class Plan:
-    """The weights of all blocks, and what must not have changed since they were gathered.
-
-    Gathering asks every module for its parts, which costs a millisecond a token at 12 layers; `holds` looks at the same things
-    in a tenth of that. Values may change in place at any time: the weights are the parameters' own memory.
-    """
-
-    def __init__(self, root: nn.Module, blocks: list[BlockWeights], token: TokenWeights | None = None) -> None:
-        self.blocks, self.token = blocks, token
-        modules = list(root.modules())
-        # Not the root: plans and engines are kept by it, weakly, and would keep it alive.
-        self._modules = [(module, type(module)) for module in modules[1:] if plain(module, type(module))]
-        self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
-        self._tensors = [
-            (owned, name, t, t.data_ptr())
-            for m in modules
-            for owned in (m._parameters, m._buffers)
-            for name, t in owned.items()
-            if t is not None
-        ]
-
-    def holds(self) -> bool:
-        """Whether every module, parameter and parameter's memory is still the one gathered, and no hook was added."""
-        return (
-            all(plain(module, kind) for module, kind in self._modules)
-            and all(children.get(name) is child for children, name, child in self._children)
-            and all(owned.get(name) is t and t.data_ptr() == at for owned, name, t, at in self._tensors)
-        )
-
-    @property
-    def quantized(self) -> bool:
-        """Whether a matrix is int8."""
-        head = None if self.token is None else self.token.head_scale
-        return head is not None or any(block.scales is not None for block in self.blocks)
-
-
-def decode(
-    x: Tensor, plan: Plan, cache: KVCache, starts: list[int], n_heads: int, activation: str, eps: float
-) -> Tensor:
-    """The blocks' output [B, C] for embeddings x [B, C] of one new token a row; appends to the cache at each row's start."""
-    B, C = x.shape
-    uniform = len(set(starts)) == 1
-    for layer, block in enumerate(plan.blocks):
-        *qkv_scales, out_scale, up_scale, down_scale = block.scales or (None,) * 6
-        y = torch.layer_norm(x, (C,), *block.norm1, eps)
-        projections = zip(block.qkv, qkv_scales, strict=True)
-        q, k, v = (_affine(y, *pair, scale).view(B, n_heads, 1, C // n_heads) for pair, scale in projections)
-        keys, values = cache.write(layer, starts, k, v)
-        if uniform:
-            out = F.scaled_dot_product_attention(q, keys, values)
-        else:
-            out = decode_attention(q, keys, values, cache.device_lengths)
-        x = _affine(out.reshape(B, C), *block.out, out_scale).add_(x)
-        y = torch.layer_norm(x, (C,), *block.norm2, eps)
-        x = _affine(activate(_affine(y, *block.up, up_scale), activation), *block.down, down_scale).add_(x)
-    return x
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
-    if scale is not None:
-        return int8_linear(x, weight.T, scale, bias)
-    if len(x) == 1 and x.dtype == torch.bfloat16 and not x.is_cuda:
-        # On a CPU torch's product of a bf16 row with a matrix takes a fifth longer than that of the matrix with a vector.
-        y = torch.mv(weight.T, x[0])
-        return (y if bias is None else y.add_(bias))[None]
-    return x @ weight if bias is None else torch.addmm(bias, x, weight)
-
+from fastgpt.graphs import Graph
+from fastgpt.inference.ahead import Loop, Reading
+from fastgpt.inference.cache import KVCache
+from fastgpt.inference.sampling import Sampler
+from fastgpt.plan import Plan
 
 # How a token is launched: "kernels", five a layer; "dependent", each of them starting while the one before runs out (sm90 and
 # later). The first until the other is measured on a named GPU: what it saves is launches and waiting.
@@ -179,7 +72,7 @@ class Engine:
         config, cache, B = self.config, self.cache, len(self.tokens)
         if isinstance(kernels, str) or B > kernels.MAX_BATCH or config.hidden_dim > kernels.MAX_WIDTH:
             return None
-        token, layers = self.plan.token, tuple(kernels.LayerWeights(*_flat(block)) for block in self.plan.blocks)
+        token, layers = self.plan.token, tuple(kernels.LayerWeights(*block.flat()) for block in self.plan.blocks)
         assert token is not None
         scales = [kernels.LayerScales(*block.scales) for block in self.plan.blocks if block.scales is not None]
         int8 = (tuple(scales), token.head_scale) if scales else ()
@@ -259,21 +152,14 @@ class Engine:
         x = token.tokens[self.tokens.clamp(min=0)] + token.positions[at]
         for i, block in enumerate(self.plan.blocks):
             y = ops.layer_norm(x, *block.norm1, eps)
-            q, k, v = (_affine(y, *pair).view(B, H, 1, -1) for pair in block.qkv)
+            q, k, v = (F.linear(y, w.T, b).view(B, H, 1, -1) for w, b in block.qkv)
             cache.keys[i, rows, :, at], cache.values[i, rows, :, at] = k[:, :, 0], v[:, :, 0]
             out = ops.decode_attention(q, cache.keys[i], cache.values[i], lengths)
-            y, x = ops.add_layer_norm(_affine(out.reshape(B, -1), *block.out), x, *block.norm2, eps)
+            y, x = ops.add_layer_norm(F.linear(out.reshape(B, -1), block.out[0].T, block.out[1]), x, *block.norm2, eps)
             up, down = block.up, block.down
             x = x + ops.mlp(y, up[0].T, up[1], down[0].T, down[1], self.config.activation)
         y = ops.layer_norm(x, *token.norm, eps)
         return F.linear(y, *token.head)[:, : self.config.vocab_size]
-
-
-def _flat(block: BlockWeights) -> list[Tensor | None]:
-    """In the order of fastgpt_kernels.decode_token.LayerWeights, matrices as [out, in]."""
-    matrices = [*block.qkv, block.out, block.up, block.down]
-    flat = [t for weight, bias in matrices for t in (weight.T, bias)]
-    return [*block.norm1, *flat[:8], *block.norm2, *flat[8:]]
 
 
 # Engines beside the models, not in them: a copy or a pickle of a model has none.
@@ -320,7 +206,7 @@ def obstacle(plan: Plan, config: GPTConfig, batch_size: int) -> str | None:
     """Why no engine of `batch_size` rows can run from this plan, or None."""
     if plan.token is None:
         return "the embeddings, the final norm or the head are not the model's own plain modules"
-    tensors = [t for block in plan.blocks for t in _flat(block) if t is not None]
+    tensors = [t for block in plan.blocks for t in block.flat() if t is not None]
     tensors += [plan.token.tokens, plan.token.positions, *_some(plan.token.norm), *_some(plan.token.head)]
     dtypes, devices = {t.dtype for t in tensors}, {t.device for t in tensors}
     if plan.quantized:

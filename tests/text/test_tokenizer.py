@@ -15,8 +15,8 @@ from tokenizers import Tokenizer as HubTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from fastgpt import tokenizer as tokenizer_module
-from fastgpt.tokenizer import (
+from fastgpt.text import tokenizer as tokenizer_module
+from fastgpt.text.tokenizer import (
     END_OF_TEXT,
     FILE,
     GPT2_PATTERN,

@@ -24,7 +24,7 @@ from transformers import GPT2LMHeadModel
 
 from fastgpt import GPTModel
 from fastgpt.checkpoints import tensorbundle
-from fastgpt.weights import CheckpointError, load, load_pretrained, save_as
+from fastgpt.checkpoints.weights import CheckpointError, load, load_pretrained, save_as
 
 
 def peak_bytes() -> int:

@@ -24,8 +24,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastgpt.batch import Batch
-from fastgpt.sampling import INVALID, SamplingParams, sample
+from fastgpt.inference.batch import Batch
+from fastgpt.inference.sampling import INVALID, SamplingParams, sample
 
 NGRAMS = (3, 2, 1)  # tokens that must match, the longest first
 
@@ -33,7 +33,7 @@ GREEDY = SamplingParams()
 
 
 class Request(Protocol):
-    """What a generation was asked for, of what matters here; see fastgpt.generation."""
+    """What a generation was asked for, of what matters here; see fastgpt.inference.generate."""
 
     @property
     def max_new_tokens(self) -> int: ...

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt.data import TokenStream, encode_documents, encode_with_starts, expand, read_text, split_validation
-from fastgpt.tokenizer import BytePairTokenizer, SymbolTokenizer
+from fastgpt.text.data import TokenStream, encode_documents, encode_with_starts, expand, read_text, split_validation
+from fastgpt.text.tokenizer import BytePairTokenizer, SymbolTokenizer
 
 BYTES = {bytes([b]): b for b in range(256)}
 

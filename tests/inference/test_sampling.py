@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from fastgpt.sampling import INVALID, SamplingParams, filtered, sample
+from fastgpt.inference.sampling import INVALID, SamplingParams, filtered, sample
 
 
 def spread_logits(rows: int = 6, vocab: int = 50) -> torch.Tensor:

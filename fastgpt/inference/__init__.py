@@ -1,0 +1,1 @@
+"""From prompts to tokens: the loop, its cache, samplers and engines."""
