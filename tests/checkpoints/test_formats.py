@@ -17,9 +17,9 @@ import foreign_files
 import numpy as np
 import pytest
 import torch
+from checkpoint_models import IDS, bits, close, hugging_face, rows
 from models import spread, tiny_model
 from nanogpt_oracle import NanoGPT
-from test_layouts import IDS, bits, close, hugging_face, rows
 from transformers import GPT2LMHeadModel
 
 from fastgpt import GPTModel

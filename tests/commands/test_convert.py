@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_models import IDS, bits, close, hugging_face, rows
 from foreign_files import read_llmc, write_openai
 from models import tiny_model
-from test_layouts import IDS, bits, close, hugging_face, rows
 from transformers import GPT2LMHeadModel
 
 from fastgpt import GPTModel
