@@ -1,4 +1,4 @@
-"""What tests of checkpoints share: transformers' model beside ours, its ids, and when two sets of weights or logits are the same."""
+"""What tests of checkpoints share: transformers' model, its ids, and when weights or logits are the same."""
 
 from __future__ import annotations
 
