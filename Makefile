@@ -18,6 +18,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.tested
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/ptx_machine
 
 bench: $(VENV)/.tested
 	$(BIN)/fastgpt bench

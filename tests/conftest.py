@@ -11,6 +11,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: it is read where kernels are decorated
 
 
+collect_ignore = ["ptx_machine"]  # needs the real compiler: a process of its own, with its own pytest.ini
+
+
 def pytest_addoption(parser, pluginmanager):
     if not pluginmanager.hasplugin("timeout"):  # pyproject.toml sets it; a borrowed machine may not have the plugin
         parser.addini("timeout", "pytest-timeout's, which isn't installed")
