@@ -1,6 +1,7 @@
 """A run that is killed with SIGKILL again and again, and one that isn't: `python killed_runs.py DIRECTORY KILLS`.
 
-For test_training.py. A process of its own, which imports torch once and forks each attempt: it must not have computed before.
+For training/test_stopping.py. A process of its own, which imports torch once and forks each attempt: it must not have
+computed before.
 """
 
 from __future__ import annotations
@@ -14,18 +15,14 @@ import time
 import traceback
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch._dynamo  # before the fork, or every process spends seconds on it
 from models import tiny_config
+from training_runs import TOKENIZER, TOKENS
 
 from fastgpt.text.data import TokenStream
-from fastgpt.text.tokenizer import SymbolTokenizer
 from fastgpt.training import Trainer, checkpoint, new_model
 from fastgpt.training.settings import TrainSettings
-
-TOKENIZER = SymbolTokenizer("char", [chr(33 + n) for n in range(101)])
-TOKENS = np.random.default_rng(1).integers(0, 101, 1200).astype(np.uint16)
 
 
 def attempt(directory: Path, steps: int, kill: random.Random | None) -> int:
