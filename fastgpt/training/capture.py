@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastgpt.graphs import capture
+
 WARMUP_STEPS = 3  # before the capture, for libraries to choose their algorithms and make their workspaces
 
 
@@ -20,7 +22,7 @@ class CapturedStep:
 
     def __init__(self, step: Callable[..., Tensor], device: torch.device) -> None:
         self._step, self._stream = step, torch.cuda.Stream(device)
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._replay: Callable[[], None] | None = None
         self._buffers: list[Tensor] = []
         self._warm = 0
 
@@ -33,14 +35,14 @@ class CapturedStep:
             for buffer, part in zip(self._buffers, batch, strict=True):
                 buffer.copy_(part)
             if self._warm < WARMUP_STEPS:
-                self._warm += 1
                 values = self._step(*self._buffers)
+                self._warm += 1
             else:
-                if self._graph is None:
-                    self._graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(self._graph, stream=self._stream):
-                        self._values = self._step(*self._buffers)
-                self._graph.replay()
+                if self._replay is None:
+                    self._replay, self._values = capture(
+                        lambda: self._step(*self._buffers), self._stream.device, warmups=0, stream=self._stream
+                    )
+                self._replay()
                 values = self._values.clone()
         outside.wait_stream(self._stream)
         return values
