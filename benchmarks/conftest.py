@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import floors, harness
-from benchmarks.record import Store, machine_name, run_record
+from benchmarks.harness import floors, measure
+from benchmarks.harness.record import Store, machine_name, run_record
 from benchmarks.suite import selected
 
 # With what is running at that moment, and the report, a run on two cores is over within ten.
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items):
 def pytest_generate_tests(metafunc):
     if "provider" in metafunc.fixturenames:
         config = metafunc.config
-        scale = harness.scale_of(config.getoption("--dry-run"))
+        scale = measure.scale_of(config.getoption("--dry-run"))
         chosen = selected(config.getoption("--only"), scale, config.getoption("--quick"))
         ids = ["-".join((b.name, case.label.replace(" ", ","), provider)) for b, case, provider in chosen]
         metafunc.parametrize(("measured", "case", "provider"), chosen, ids=ids)
@@ -54,7 +54,7 @@ class Session:
         self.directory = config.getoption("--out") or Path("out/bench") / machine_name()
         self.keep_failures = config.getoption("--keep-failures")
         self.again, self.dry_run = config.getoption("--again"), config.getoption("--dry-run")
-        self.scale = harness.scale_of(self.dry_run)
+        self.scale = measure.scale_of(self.dry_run)
         self._minutes, self._started = config.getoption("--minutes"), time.monotonic()
         if self._minutes is None and self.scale == "cpu":
             self._minutes = CPU_MINUTES
@@ -62,8 +62,8 @@ class Session:
         command = " ".join(["pytest", *map(str, config.invocation_params.args)])
         self.run = run_record(command, timestamp, note=config.getoption("--note"))
         self._stores: dict[str, Store] = {}
-        self._paired: harness.Case | None = None
-        self._ours: tuple[harness.Case, harness.Candidate | None] | None = None
+        self._paired: measure.Case | None = None
+        self._ours: tuple[measure.Case, measure.Candidate | None] | None = None
 
     def store(self, group: str) -> Store:
         if group not in self._stores:
@@ -74,14 +74,14 @@ class Session:
     def out_of_time(self) -> bool:
         return self._minutes is not None and time.monotonic() - self._started > 60 * self._minutes
 
-    def ours(self, benchmark: harness.Benchmark, case: harness.Case) -> harness.Candidate | None:
+    def ours(self, benchmark: measure.Benchmark, case: measure.Case) -> measure.Candidate | None:
         """fastgpt, prepared once a case, what the case before held being freed; None if preparing it failed before."""
         if self._ours is None or self._ours[0] != case:
             self._ours = case, None
-            self._ours = case, benchmark.providers[harness.OURS](case)
+            self._ours = case, benchmark.providers[measure.OURS](case)
         return self._ours[1]
 
-    def rival(self, benchmark: harness.Benchmark, case: harness.Case) -> harness.Candidate | None:
+    def rival(self, benchmark: measure.Benchmark, case: measure.Case) -> measure.Candidate | None:
         """What a peer is timed in turn with: nothing where fastgpt itself fails, which its own row says.
 
         In a dry run, where fastgpt is interpreted, one peer a case is enough.
@@ -107,7 +107,7 @@ def session(request) -> Session:
 def pytest_terminal_summary(terminalreporter, config):
     if config.getoption("--collect-only"):
         return
-    from benchmarks import report
+    from benchmarks.report import report
 
     directory = config.getoption("--out") or Path("out/bench") / machine_name()
     if directory.is_dir() and any(directory.glob("*.json")):

@@ -28,7 +28,7 @@ for option in "$@"; do
   esac
 done
 
-machine=$("$python" -c 'from benchmarks.record import machine_name; print(machine_name())')
+machine=$("$python" -c 'from benchmarks.harness.record import machine_name; print(machine_name())')
 kept=benchmarks/results/$machine
 [ -n "$dry" ] && kept=$(mktemp -d)/$machine
 out=${OUT:-$kept}
@@ -56,18 +56,18 @@ suite() { # benchmarks of a group, within so many seconds; in a new process wher
 checked() { # tests with a mark that no earlier call saw pass, begun within so many seconds
   local failed=0
   [ "$again" ] && rm -f "$out/passed-$1.txt"
-  timeout $(($2 + 30)) "$python" -m pytest -p benchmarks.resumed --passed="$out/passed-$1.txt" --until="$2" "${@:4}" -m "$3" --quiet \
+  timeout $(($2 + 30)) "$python" -m pytest -p benchmarks.harness.resumed --passed="$out/passed-$1.txt" --until="$2" "${@:4}" -m "$3" --quiet \
     --tb=short -p no:cacheprovider --continue-on-collection-errors >"$out/tests-$1.log" 2>&1 || failed=$?
   [ $failed = 0 ] || [ $failed = 5 ] || status=$failed # 5: nothing left to run
 }
 
 status=0
 case $stage in
-  floors) "$python" -m benchmarks.floors --out "$out" "$@" ;;
+  floors) "$python" -m benchmarks.harness.floors --out "$out" "$@" ;;
   tests)
     rm -f "$out"/tests-*.log
-    lane=(tests) engine=(tests/test_decoder.py tests/test_same_answers.py tests/kernels/test_gpt.py) rest=(tests)
-    [ -n "$dry" ] && lane=(tests/kernels/test_gelu.py) && engine=(tests/test_speculation.py) && rest=(tests/test_sampling.py)
+    lane=(tests) engine=(tests/inference/test_engine.py tests/inference/test_same_answers.py tests/kernels/test_gpt.py) rest=(tests)
+    [ -n "$dry" ] && lane=(tests/kernels/test_gelu.py) && engine=(tests/inference/test_speculation.py) && rest=(tests/inference/test_sampling.py)
     checked gpu 300 gpu "${lane[@]}"
     checked engine $((420 - SECONDS)) "not gpu" "${engine[@]}"
     checked rest $((500 - SECONDS)) "not gpu" "${rest[@]}"

@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import generate, report, train_step
-from benchmarks.harness import OURS, Absent, Benchmark, Case, clock, device, row, scale_of
-from benchmarks.models import free
-from benchmarks.record import ROOT, Store, machine_name, run_record, state
+from benchmarks.harness.measure import OURS, Absent, Benchmark, Case, clock, device, row, scale_of
+from benchmarks.harness.record import ROOT, Store, machine_name, run_record, state
+from benchmarks.models import generate, train_step
+from benchmarks.models.providers import free
+from benchmarks.report import report
 from benchmarks.suite import selected
 
 GROUP = "profile"

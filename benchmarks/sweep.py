@@ -30,7 +30,10 @@ from unittest import mock
 
 import torch
 
-from benchmarks import (
+from benchmarks.harness.measure import OURS, Case, Wrong, device, measure, measured_row, row, scale_of
+from benchmarks.harness.op import Draw, Op
+from benchmarks.harness.record import ROOT, Store, machine_name, run_record, state
+from benchmarks.ops import (
     attention,
     cross_entropy,
     decode,
@@ -42,9 +45,6 @@ from benchmarks import (
     sampling,
     softmax,
 )
-from benchmarks.harness import OURS, Case, Wrong, device, measure, measured_row, row, scale_of
-from benchmarks.op import Draw, Op
-from benchmarks.record import ROOT, Store, machine_name, run_record, state
 
 GROUP = "sweep"
 # What a recorded best may be ahead of the code's choice: less than this is the noise between two leases.

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.harness import OURS, Absent, Wrong, clock, measure, measured_row, row
-from benchmarks.record import state
+from benchmarks.harness.measure import OURS, Absent, Wrong, clock, measure, measured_row, row
+from benchmarks.harness.record import state
 
 DEVICE_LOST = 77  # exit status; on_gpu.sh goes on in a new process
 

@@ -24,33 +24,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import (
-    attention,
-    context,
-    cross_entropy,
-    decode,
-    floors,
-    gelu,
-    generate,
-    growth,
-    harness,
-    host,
-    layer_norm,
-    linear,
-    memory,
-    models,
-    op,
-    plots,
-    profiling,
-    readme,
-    record,
-    report,
-    resumed,
-    suite,
-    sweep,
-    train_step,
-)
-from benchmarks.harness import Absent, Candidate, Case, Work, Wrong
+from benchmarks import profiling, suite, sweep
+from benchmarks.harness import floors, growth, measure, op, record, resumed
+from benchmarks.harness.measure import Absent, Candidate, Case, Work, Wrong
+from benchmarks.models import context, generate, host, memory, providers, train_step
+from benchmarks.ops import attention, cross_entropy, decode, gelu, layer_norm, linear
+from benchmarks.report import plots, readme, report
 from fastgpt import PRESETS
 from fastgpt.cli import main
 
@@ -62,9 +41,9 @@ def op_case(entry: op.Op, mode: str = "forward") -> Case:
     return next(case for case in entry.benchmark.cases("dry") if case.mode == mode)
 
 
-def measured(entry: op.Op, function, mode: str = "forward") -> harness.Result:
+def measured(entry: op.Op, function, mode: str = "forward") -> measure.Result:
     case = op_case(entry, mode)
-    return harness.measure(entry.candidate("peer", function, case), None, 2)
+    return measure.measure(entry.candidate("peer", function, case), None, 2)
 
 
 # --- providers that cheat
@@ -148,9 +127,9 @@ def test_a_product_in_eight_bits_is_refused_where_sixteen_are_measured():
         return F.linear(x, weight, bias)
 
     case = dataclasses.replace(op_case(linear.PLAIN), size={"M": 64, "K": 256, "N": 64}, dtype="bfloat16")
-    harness.prove(linear.PLAIN.candidate("peer", F.linear, case))
+    measure.prove(linear.PLAIN.candidate("peer", F.linear, case))
     with pytest.raises(Wrong):
-        harness.prove(linear.PLAIN.candidate("peer", eight, case))
+        measure.prove(linear.PLAIN.candidate("peer", eight, case))
 
 
 def test_a_peer_that_writes_over_its_input_gets_a_copy(monkeypatch):
@@ -188,12 +167,12 @@ def test_a_provider_that_stops_working_while_timed_is_caught():
     case = op_case(layer_norm.LAYER_NORM)
     candidate = layer_norm.LAYER_NORM.candidate("peer", tire, case)
     with pytest.raises(Wrong):
-        harness.measure(candidate, None, 40)
+        measure.measure(candidate, None, 40)
 
 
 def tiny_generation(generate_ids) -> Candidate:
     case = generate.BENCHMARKS[0].cases("dry")[0]
-    model = models.spread_model("dry", torch.float32)
+    model = providers.spread_model("dry", torch.float32)
     return generate.candidate(generate_ids(model), model, case)
 
 
@@ -208,9 +187,9 @@ def test_generation_counts_ids_and_calls_generate_once_a_sample():
         return generate_ids
 
     candidate = tiny_generation(counted)
-    harness.prove(candidate)
+    measure.prove(candidate)
     before = len(calls)
-    result = harness.measure(candidate, None, 3)
+    result = measure.measure(candidate, None, 3)
     assert len(calls) - before == 2 + 3 + 1  # proof, samples, proof
     assert len(result.samples) == 3
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(calls))  # a new prompt each
@@ -228,7 +207,7 @@ CHEATS = {
 @pytest.mark.parametrize("name", CHEATS)
 def test_a_generation_that_skips_work_is_caught(name):
     with pytest.raises(Wrong):
-        harness.measure(tiny_generation(CHEATS[name]), None, 1)
+        measure.measure(tiny_generation(CHEATS[name]), None, 1)
 
 
 def training_case() -> Case:
@@ -240,7 +219,7 @@ def test_a_training_step_without_an_update_is_caught():
     model = train_step.fresh(case)
     inputs, targets = train_step.data(case)
     with pytest.raises(Wrong, match="step 2 differs"):
-        harness.measure(train_step.candidate(lambda: model.loss(inputs, targets).detach(), case), None, 1)
+        measure.measure(train_step.candidate(lambda: model.loss(inputs, targets).detach(), case), None, 1)
 
 
 def test_a_training_step_of_part_of_the_batch_is_caught():
@@ -248,13 +227,13 @@ def test_a_training_step_of_part_of_the_batch_is_caught():
     model = train_step.fresh(case)
     step = train_step.step_of(model, lambda idx, targets: model.loss(idx[:, :2], targets[:, :2]), case)
     with pytest.raises(Wrong, match="step 1 differs"):
-        harness.measure(train_step.candidate(step, case), None, 1)
+        measure.measure(train_step.candidate(step, case), None, 1)
 
 
 @pytest.mark.parametrize("name", ["nanoGPT", "transformers", "llms_from_scratch GPTModelFast"])
 def test_peers_train_like_the_reference(name):
     case = training_case()
-    harness.measure(train_step.BENCHMARKS[0].providers[name](case), None, 1)
+    measure.measure(train_step.BENCHMARKS[0].providers[name](case), None, 1)
 
 
 # --- the clock
@@ -269,20 +248,20 @@ def test_a_sleep_of_known_length_is_measured_within_5_percent():
         time.sleep(0.2)
         slept.append(time.perf_counter() - started)
 
-    samples = harness.measure(Candidate(sleep, lambda out: None), None, 5).samples
+    samples = measure.measure(Candidate(sleep, lambda out: None), None, 5).samples
     assert min(samples) == pytest.approx(0.2, rel=0.05)
     assert statistics.median(samples) == pytest.approx(statistics.median(slept[2:7]), rel=0.05)  # behind two proofs
 
 
 def test_percentiles_lie_between_samples():
-    assert harness.timing([50.0, 10.0, 20.0, 40.0, 30.0], calls=10) == pytest.approx((3.0, 1.8, 4.2, 5))
-    assert harness.timing([2.0]) == (2.0, 2.0, 2.0, 1)
+    assert measure.timing([50.0, 10.0, 20.0, 40.0, 30.0], calls=10) == pytest.approx((3.0, 1.8, 4.2, 5))
+    assert measure.timing([2.0]) == (2.0, 2.0, 2.0, 1)
 
 
 def test_a_ratio_is_of_equal_work():
     case = Case("x", {}, "", "")
     slow, ours = (Candidate(lambda: None, lambda out: None, calls=c, notes={"units": u}) for c, u in ((2, 4), (1, 16)))
-    row = harness.measured_row(case, "peer", slow, ours, harness.Result([8.0, 8.0, 8.0], [4.0, 4.0, 4.0]))
+    row = measure.measured_row(case, "peer", slow, ours, measure.Result([8.0, 8.0, 8.0], [4.0, 4.0, 4.0]))
     assert row["ms"] == 4000.0
     assert row["fastgpt_is"] == pytest.approx((8 / 8) / (4 / 16))
     assert row["samples_ms"] == [4000.0] * 3
@@ -314,9 +293,9 @@ def test_a_graph_is_replayed_and_counted(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
-    run, calls = harness.looped([call, call], "stream")
+    run, calls = measure.looped([call, call], "stream")
     assert captured[0] == 2
-    assert calls == captured[-1] == 2 * -(-harness.SAMPLE_SECONDS // 1e-3) or calls == captured[-1]
+    assert calls == captured[-1] == 2 * -(-measure.SAMPLE_SECONDS // 1e-3) or calls == captured[-1]
     before = len(replays)
     assert run() == [calls - 1, calls]
     assert len(replays) == before + 1
@@ -363,7 +342,7 @@ def test_flops_of_a_generation():
 
     shape, T = PRESETS["gpt2"].replace(n_layers=2), 64
     with torch.device("meta"):
-        model = models.GPTModel(shape)
+        model = providers.GPTModel(shape)
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, T, dtype=torch.int64, device="meta"))
     head, whole = 2 * shape.padded_vocab_size * 768, 4 * 2 * 768 * T * T
@@ -385,9 +364,9 @@ def test_merges_rebuild_the_tokenizer():
 
 def timed_row(case: Case, provider: str, samples: list[float], turns: list[float] | None = None) -> dict:
     """What the harness records of `samples` in milliseconds, in turn with `turns`."""
-    result = harness.Result([ms / 1e3 for ms in samples], [ms / 1e3 for ms in turns or []])
+    result = measure.Result([ms / 1e3 for ms in samples], [ms / 1e3 for ms in turns or []])
     peer, ours = (Candidate(lambda: None, lambda out: None, notes={"error": 1e-7}) for _ in range(2))
-    return harness.measured_row(case, provider, peer, ours if turns else None, result)
+    return measure.measured_row(case, provider, peer, ours if turns else None, result)
 
 
 def sample_rows() -> list[dict]:
@@ -396,7 +375,7 @@ def sample_rows() -> list[dict]:
     rows = [timed_row(case, "fastgpt", [6.0, 6.0])]
     rows += [timed_row(case, "torch", [2.0, 1.9, 2.1], [4.0, 4.0, 4.0])]
     rows += [timed_row(case, "in the noise", [3.8, 3.8, 4.4], [4.0, 4.0, 4.0])]
-    rows += [harness.row(case, name, "absent", reason="not installed") for name in ("Liger", "quack")]
+    rows += [measure.row(case, name, "absent", reason="not installed") for name in ("Liger", "quack")]
     for width in (16, 32, 64):
         size = {"rows": 4, "width": width}
         grown = Case("layer_norm", size, "forward", "float32", Work(1.0, 1e6, 1e6), grows="width")
@@ -555,7 +534,7 @@ def test_readme_s_gpu_section(tmp_path):
         store.add(timed_row(case, "fastgpt, compiled", [1.0], [4.0]))
         store.add(timed_row(case, "nanoGPT", [rival], [4.0]))
     store.add(
-        harness.row(dataclasses.replace(case, size={"model": "gpt2-xl"}), "fastgpt", "FAILED", reason="out of memory")
+        measure.row(dataclasses.replace(case, size={"model": "gpt2-xl"}), "fastgpt", "FAILED", reason="out of memory")
     )
     text = readme.gpu(tmp_path)
     assert "| layer_norm | rows=4 width=8 float32 forward | 4 | 50% (memory) | torch, 0.50x (0.48 to 0.52) |" in text
@@ -575,7 +554,7 @@ def test_recorded_rows_were_right():
     for directory in RESULTS.iterdir():
         runs, _, rows = report.load(directory)
         assert all(run["device"] and run["timestamp"] and run["command"] for run in runs)
-        assert all(row["status"] in ("ok", "absent") for row in rows if row["provider"] == harness.OURS)
+        assert all(row["status"] in ("ok", "absent") for row in rows if row["provider"] == measure.OURS)
         fast = [r for r in rows if r.get("percent_of_floor", 0) > 130 and "buffers" in r and r["read"] > 1e8]
         assert not fast, f"{fast[:1]} is faster than reading its own bytes: not believed"
 
@@ -604,7 +583,7 @@ def test_a_replaced_constant_reaches_the_kernel_and_goes_back():
     with constant.replaced(128):
         assert getattr(module, name) == 128
         case = op_case(decode.DECODE)
-        harness.prove(decode.DECODE.candidate("fastgpt", op.kernel("decode_attention"), case))
+        measure.prove(decode.DECODE.candidate("fastgpt", op.kernel("decode_attention"), case))
     assert getattr(module, name) == before
 
 
@@ -638,7 +617,8 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from benchmarks import floor_kernels as k, sweep
+from benchmarks.harness import floor_kernels as k
+from benchmarks import sweep
 
 target = GPUTarget("cuda", 90, 32)
 pointers = {"counter_ptr": "*i32", "programs": "i32", "turns": "i32", "ASSEMBLY": "constexpr"}
@@ -773,7 +753,7 @@ def test_the_command_names_what_there_is(capfd):
 
 def test_absent_peers_are_listed_never_dropped():
     for benchmark in suite.BENCHMARKS:
-        assert next(iter(benchmark.providers)) == harness.OURS
+        assert next(iter(benchmark.providers)) == measure.OURS
     case = op_case(layer_norm.LAYER_NORM)
     with pytest.raises(Absent, match="not installed"):
         layer_norm.LAYER_NORM.benchmark.providers["Liger"](case)
@@ -825,4 +805,4 @@ def test_one_more_token_is_checked():
     case = context.BENCHMARKS[0].cases("dry")[0]
     wrong = context.prepare(lambda model, ids: lambda last: (last + 1) % model.config.vocab_size, case)
     with pytest.raises(Wrong):
-        harness.measure(wrong, None, 1)
+        measure.measure(wrong, None, 1)

@@ -10,8 +10,11 @@ import re
 import pytest
 import torch
 
-from benchmarks import decode_token, generate, harness, models, sampling, sweep
-from benchmarks.harness import Absent, Wrong
+from benchmarks import sweep
+from benchmarks.harness import measure
+from benchmarks.harness.measure import Absent, Wrong
+from benchmarks.models import generate, providers
+from benchmarks.ops import decode_token, sampling
 from fastgpt import KVCache, quantize
 from fastgpt.layers import Int8Linear
 from fastgpt_kernels import _launch
@@ -19,24 +22,24 @@ from fastgpt_kernels import _launch
 
 def test_a_sampler_that_does_not_reproduce_is_caught():
     case = generate.BENCHMARKS[0].cases("dry")[0]
-    harness.prove(generate.prepare("fastgpt, torch sampler", case))
-    model = models.spread_model("dry", torch.float32)
+    measure.prove(generate.prepare("fastgpt, torch sampler", case))
+    model = providers.spread_model("dry", torch.float32)
     unseeded = functools.partial(model.generate, **generate.SAMPLED)
     with pytest.raises(Wrong, match="the same seed gave other tokens"):
-        harness.prove(generate.candidate(unseeded, model, case, check_tokens=generate.check_drawn(unseeded)))
+        measure.prove(generate.candidate(unseeded, model, case, check_tokens=generate.check_drawn(unseeded)))
 
 
 def test_int8_tokens_are_the_quantized_models():
     """Proven against the quantized model; the tokens of weights rounded to two bits are refused."""
     case = generate.BENCHMARKS[0].cases("dry")[0]
-    model = quantize(models.spread_model("dry", torch.float32))
-    harness.prove(generate.candidate(model.generate, model, case))
+    model = quantize(providers.spread_model("dry", torch.float32))
+    measure.prove(generate.candidate(model.generate, model, case))
     coarse = copy.deepcopy(model)
     for module in coarse.modules():
         if isinstance(module, Int8Linear):
             module.weight.copy_(module.weight // 64 * 64)
     with pytest.raises(Wrong, match="short of the likeliest"):
-        harness.prove(generate.candidate(coarse.generate, model, case))
+        measure.prove(generate.candidate(coarse.generate, model, case))
 
 
 def test_providers_that_would_take_minutes_are_left_out_with_a_reason():
@@ -55,12 +58,12 @@ def single(scale="dry"):
 
 @pytest.mark.parametrize("name", ["torch", "cuBLAS and SDPA"])
 def test_a_tokens_peers_are_right(name):
-    harness.prove(decode_token.TOKEN.benchmark.providers[name](single()))
+    measure.prove(decode_token.TOKEN.benchmark.providers[name](single()))
 
 
 def test_a_plain_token_is_the_models_own():
     """The plain step, its weights those of a float64 model, gives that model's logits behind the same cache."""
-    model = models.build("dry", torch.float64).eval()
+    model = providers.build("dry", torch.float64).eval()
     prompt = torch.randint(model.config.vocab_size, (3, 7))
     cache = KVCache(model.config, 3, 8, torch.float64)
     blocks = []
@@ -92,7 +95,7 @@ def test_work_of_a_token():
 def test_draws_that_are_none_are_caught():
     case = dataclasses.replace(sampling.FILTERED.benchmark.cases("dry")[0], size={"B": 64, "V": 500})
     peer = lambda function: sampling.FILTERED.candidate("peer", function, case)  # noqa: E731
-    harness.prove(peer(functools.partial(sampling.torch_sampler, **sampling.FILTERED.options)))
+    measure.prove(peer(functools.partial(sampling.torch_sampler, **sampling.FILTERED.options)))
     for wrong, match in (
         (lambda logits, *_: logits.argmax(-1), "the most likely ones"),
         (lambda logits, *_: logits.argmin(-1), "the filters drop"),
@@ -102,7 +105,7 @@ def test_draws_that_are_none_are_caught():
             peer(wrong)
 
 
-@pytest.mark.parametrize("name", ["token-rows", "one-kernel-tile", "sample-chunk"])
+@pytest.mark.parametrize("name", ["token-rows", "token-project-rows", "sample-chunk"])
 def test_a_constant_of_decoding_reaches_its_kernel(name):
     """A launch is recorded with what the constant says."""
     constant = sweep.constants()[name]

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.record import version
+from benchmarks.harness.record import version
 
 # A sample shorter than this is repeated inside itself: synchronizing costs 10 us, which is then 0.3% of it.
 SAMPLE_SECONDS = 3e-3

@@ -1,6 +1,6 @@
 """What this very machine can do, measured before anything is compared with it.
 
-    python -m benchmarks.floors [--out DIR] [--dry-run]
+    python -m benchmarks.harness.floors [--out DIR] [--dry-run]
 
 copy and read       GB/s of a copy (read + written) and of a read alone, over buffers far larger than the caches
 weights             GB/s of reading the weights of GPT-2 124M once, one program a multiprocessor: what a token costs
@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import NOTHING, Case, Work, clock, device, row, seconds, timing
-from benchmarks.op import interpreting
-from benchmarks.record import Store, machine_name, run_record, state
+from benchmarks.harness.measure import NOTHING, Case, Work, clock, device, row, seconds, timing
+from benchmarks.harness.op import interpreting
+from benchmarks.harness.record import Store, machine_name, run_record, state
 
 GROUP = "floors"
 ROUNDS = 15
@@ -85,7 +85,7 @@ def read_floor(what: str, x: torch.Tensor, programs: int, dtype: str, rounds: in
 def stream(x: torch.Tensor, per_multiprocessor: int) -> Any:
     """Read all of x: on a GPU, `per_multiprocessor` programs each walk over it."""
     if x.is_cuda or interpreting():
-        from benchmarks.floor_kernels import read_all
+        from benchmarks.harness.floor_kernels import read_all
 
         return read_all(x, per_multiprocessor)
     return x.sum()
@@ -124,7 +124,7 @@ def overheads(scale: str, rounds: int) -> Iterator[dict[str, Any]]:
 
 def launches(scale: str, rounds: int) -> Iterator[dict[str, Any]]:
     """Launches, graph nodes and grid barriers of Triton kernels; in a dry run, the kernels alone in the interpreter."""
-    from benchmarks import floor_kernels as kernels
+    from benchmarks.harness import floor_kernels as kernels
 
     on_gpu = scale == "gpu"
     calls = 1000 if on_gpu else 2
@@ -194,13 +194,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.floors", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.harness.floors", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/bench") / machine_name(), help="folder of the records")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, kernels in Triton's interpreter")
     parser.add_argument("--again", action="store_true", help="measure what is recorded already, too")
     arguments = parser.parse_args(argv)
     store = Store(arguments.out, GROUP)
-    command = " ".join(["python -m benchmarks.floors", *(argv if argv is not None else sys.argv[1:])])
+    command = " ".join(["python -m benchmarks.harness.floors", *(argv if argv is not None else sys.argv[1:])])
     store.start(run_record(command, datetime.now().astimezone().isoformat(timespec="seconds")))
     scale = "dry" if arguments.dry_run else "gpu" if torch.cuda.is_available() else "cpu"
     measure_floors(store, scale, arguments.again)

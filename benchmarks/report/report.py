@@ -1,7 +1,4 @@
-"""Recorded results -> report.md, results.csv, results.json and plots, and README's tables. Measures nothing.
-
-    python -m benchmarks.report [DIR]       the report of one machine's records
-    python -m benchmarks.report --readme    fill README's tables from benchmarks/results/; --check only compares
+"""Recorded results -> report.md, results.csv, results.json and plots.
 
 A row's floor is the larger of two times: its bytes at the bandwidth that floors.json of the same machine has (a copy's where it
 writes, a read's where it hardly does), and its FLOPs at the rate of the library's product in that dtype.
@@ -12,21 +9,19 @@ ratios, pair by pair. fastgpt's own row is all of its samples at that case: thos
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import statistics
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.floors import rate
-from benchmarks.floors import table as floors_table
-from benchmarks.growth import growth, power
-from benchmarks.harness import INT8, OURS, timing
-from benchmarks.record import RESULTS, ROOT, machine_name
-from benchmarks.train_step import peak_tflops
+from benchmarks.harness.floors import rate
+from benchmarks.harness.floors import table as floors_table
+from benchmarks.harness.growth import growth, power
+from benchmarks.harness.measure import INT8, OURS, timing
+from benchmarks.report import plots
+from fastgpt.training.progress import PEAK_TFLOPS
 
 Row = dict[str, Any]
 COLUMNS = (
@@ -143,7 +138,7 @@ def derived(row: Row, floors: Sequence[Row], run: dict) -> Row:
         row["rate"], row["rate_unit"] = row["flops"] / row["ms"] / 1e9, "TFLOP/s"
     else:
         row["rate"], row["rate_unit"] = (row["read"] + row["written"]) / row["ms"] / 1e6, "GB/s"
-    peak = peak_tflops(run["device"])
+    peak = next((peak for name, peak in PEAK_TFLOPS if name in run["device"]), None)
     if row["benchmark"] == "train_step" and peak:
         row["mfu"] = row["flops"] / row["ms"] / 1e9 / peak
     return row
@@ -280,8 +275,6 @@ def ahead_lines(rows: Sequence[Row]) -> list[str]:
 
 def write(directory: Path) -> list[str]:
     """report/report.md, results.csv, results.json and the plots, beside the records; gives the lines to print."""
-    from benchmarks import plots
-
     runs, floors, rows = load(directory)
     folder = directory / "report"
     folder.mkdir(exist_ok=True)
@@ -322,32 +315,3 @@ def summary(directory: Path, group: str | None = None) -> str:
     failed = [row for row in rows if row["status"] not in ("ok", "absent")]
     lines += [f"{row['benchmark']} {row['case']} {row['provider']}: {row['status']}, {row['reason']}" for row in failed]
     return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
-    parser.add_argument("directory", nargs="?", type=Path, default=Path("out/bench") / machine_name())
-    parser.add_argument("--summary", metavar="GROUP", help="print a line a case of a group and write nothing")
-    parser.add_argument("--readme", action="store_true", help="fill README.md's tables from benchmarks/results")
-    parser.add_argument("--check", action="store_true", help="with --readme: change nothing, fail if it would")
-    arguments = parser.parse_args(argv)
-    if not arguments.readme:
-        if not any(arguments.directory.glob("*.json")):
-            parser.error(f"no records in {arguments.directory}; run the benchmarks first")
-        print(summary(arguments.directory, arguments.summary))
-        if arguments.summary is None:
-            print("\n".join(write(arguments.directory)))
-        return 0
-    from benchmarks.readme import filled
-
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    new = filled(text, RESULTS)
-    if arguments.check:
-        return int(new != text)
-    path.write_text(new, encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,8 +3,8 @@ gradient in and both tables' gradients out, the unused rows of the token table a
 
 from __future__ import annotations
 
-from benchmarks.harness import Work
-from benchmarks.op import Draw, Op
+from benchmarks.harness.measure import Work
+from benchmarks.harness.op import Draw, Op
 
 
 def forward(s, b):

@@ -14,12 +14,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.generate import weight_bytes
-from benchmarks.graphed import GraphedLoop
-from benchmarks.harness import INT8, OURS, Absent, Benchmark, Candidate, Case, Work, device
-from benchmarks.models import check_greedy, on_kernels, spread_model
-from benchmarks.models import config as shape
-from benchmarks.op import interpreting
+from benchmarks.harness.measure import INT8, OURS, Absent, Benchmark, Candidate, Case, Work, device
+from benchmarks.harness.op import interpreting
+from benchmarks.models.generate import weight_bytes
+from benchmarks.models.graphed import GraphedLoop
+from benchmarks.models.providers import check_greedy, on_kernels, spread_model
+from benchmarks.models.providers import config as shape
 from fastgpt import GPTModel, ops
 from fastgpt.inference import engine as engines
 from fastgpt.inference.batch import prefill

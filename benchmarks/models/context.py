@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.engine import engine
-from benchmarks.generate import generation_work, weight_bytes
-from benchmarks.harness import OURS, Benchmark, Candidate, Case, Work, device
-from benchmarks.models import check_greedy, config, on_kernels, spread_model
-from benchmarks.op import interpreting
+from benchmarks.harness.measure import OURS, Benchmark, Candidate, Case, Work, device
+from benchmarks.harness.op import interpreting
+from benchmarks.models.generate import generation_work, weight_bytes
+from benchmarks.models.providers import check_greedy, config, on_kernels, spread_model
+from benchmarks.models.token import engine
 from fastgpt import GPTModel, KVCache
 from fastgpt.info import kv_cache_bytes
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Case, Wrong, device, needs
-from benchmarks.op import interpreting
+from benchmarks.harness.measure import Case, Wrong, device, needs
+from benchmarks.harness.op import interpreting
 from fastgpt import PRESETS, GPTConfig, GPTModel, use_backend
 from fastgpt.checkpoints.weights import save_pretrained
 

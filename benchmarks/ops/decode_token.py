@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import graphed
-from benchmarks.harness import Absent, Case, Work
-from benchmarks.op import Draw, Op, interpreting
+from benchmarks.harness.measure import Absent, Case, Work
+from benchmarks.harness.op import Draw, Op, interpreting
+from benchmarks.models import graphed
 from fastgpt import reference
 
 SIZES = {

@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Absent, Work, needs
-from benchmarks.op import Draw, Op
+from benchmarks.harness.measure import Absent, Work, needs
+from benchmarks.harness.op import Draw, Op
 
 
 def logits_work(s, b):

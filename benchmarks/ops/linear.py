@@ -8,8 +8,8 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Absent, Work, needs_cuda
-from benchmarks.op import Draw, Op
+from benchmarks.harness.measure import Absent, Work, needs_cuda
+from benchmarks.harness.op import Draw, Op
 from fastgpt import reference
 
 # QKV, attention projection, up, down of GPT-2 124M at 16 x 1024 tokens; up of 1.5B

@@ -17,15 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import OURS, Absent, Benchmark, Candidate, Case, Work, Wrong, device, needs_cuda
-from benchmarks.models import build, config, fast_book_model, free, on_kernels, on_reference, transformers_model
-from benchmarks.nanogpt import from_fastgpt
-from benchmarks.op import interpreting
+from benchmarks.harness.measure import OURS, Absent, Benchmark, Candidate, Case, Work, Wrong, device, needs_cuda
+from benchmarks.harness.op import interpreting
+from benchmarks.models.nanogpt import from_fastgpt
+from benchmarks.models.providers import (
+    build,
+    config,
+    fast_book_model,
+    free,
+    on_kernels,
+    on_reference,
+    transformers_model,
+)
 from fastgpt import GPTConfig, GPTModel
+from fastgpt.training import progress
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-# (model, batch, context); larger models are in benchmarks/memory.py, at the largest batch that fits
+# (model, batch, context); larger models are in memory.py, at the largest batch that fits
 SIZES = {
     "gpu": [("gpt2", batch, 1024) for batch in (32, 16, 64, 8)],
     "cpu": [("gpt2", 1, 128)],
@@ -37,18 +46,10 @@ LEARNING_RATE = 3e-4
 MICRO_BATCH = 8
 PADDED_VOCABULARY = 64  # on a GPU, for every provider that can pad: products of 50,257 columns miss the fast paths
 
-# Dense bf16 TFLOP/s of the data sheets, by what the device's name contains.
-PEAKS = {"H100": 989.0, "H200": 989.0, "GH200": 989.0, "A100": 312.0, "B200": 2250.0, "4090": 165.0, "5090": 210.0}
-
 
 def flops_per_token(shape: GPTConfig, context: int) -> float:
     """llm.c's convention; the head is counted once, tied or not."""
-    tied = shape.replace(tie_weights=True, vocab_multiple=1)
-    return 6.0 * tied.num_parameters + 6.0 * shape.n_layers * shape.emb_dim * context
-
-
-def peak_tflops(device_name: str) -> float | None:
-    return next((peak for name, peak in PEAKS.items() if name in device_name), None)
+    return progress.flops_per_token(shape.replace(tie_weights=True, vocab_multiple=1), context)
 
 
 def cases(scale: str) -> Iterator[Case]:

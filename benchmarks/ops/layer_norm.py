@@ -8,8 +8,8 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Absent, Work, needs
-from benchmarks.op import Draw, Op
+from benchmarks.harness.measure import Absent, Work, needs
+from benchmarks.harness.op import Draw, Op
 
 SIZES = {
     "gpu": [{"rows": 32768, "width": width} for width in (768, 1600)],

@@ -14,8 +14,8 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.harness import OURS, Benchmark, Candidate, Case, Wrong, needs
-from benchmarks.record import ROOT
+from benchmarks.harness.measure import OURS, Benchmark, Candidate, Case, Wrong, needs
+from benchmarks.harness.record import ROOT
 from fastgpt.checkpoints.weights import BUNDLED
 from fastgpt.text.tokenizer import load_tokenizer, read_ranks
 

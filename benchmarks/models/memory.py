@@ -1,6 +1,6 @@
 """Peak memory of one training step, and steps at the largest batch that fits; each provider in a process of its own.
 
-    python -m benchmarks.memory PROVIDER MODEL BATCH CONTEXT DTYPE
+    python -m benchmarks.models.memory PROVIDER MODEL BATCH CONTEXT DTYPE
 
 On a GPU the peak is the allocator's; on a CPU the process's resident memory at its largest, less what it was before the model.
 Both include parameters, gradients and AdamW's moments.
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import (
+from benchmarks.harness.measure import (
     OURS,
     Absent,
     Benchmark,
@@ -39,11 +39,11 @@ from benchmarks.harness import (
     seconds,
     timing,
 )
-from benchmarks.models import free
-from benchmarks.op import interpreting
-from benchmarks.record import ROOT
-from benchmarks.train_step import MODELS, Loss, dtype_at, step_of, work
-from benchmarks.train_step import cases as train_cases
+from benchmarks.harness.op import interpreting
+from benchmarks.harness.record import ROOT
+from benchmarks.models.providers import free
+from benchmarks.models.train_step import MODELS, Loss, dtype_at, step_of, work
+from benchmarks.models.train_step import cases as train_cases
 
 # Batches to try at a model, largest first; what doesn't fit fails within a second or two.
 LADDER = {
@@ -76,7 +76,7 @@ def prepare(name: str, case: Case) -> Candidate:
     if interpreting() and name != OURS:
         raise Absent("one process shows in a dry run that all of them start")
     arguments = [name, case.size["model"], str(case.size["batch"]), str(case.size["context"]), case.dtype]
-    command = [sys.executable, "-m", "benchmarks.memory", *arguments]
+    command = [sys.executable, "-m", "benchmarks.models.memory", *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
     notes: dict[str, Any] = {}
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.floors import rate
-from benchmarks.growth import Series, fit, growth
-from benchmarks.harness import OURS
+from benchmarks.harness.floors import rate
+from benchmarks.harness.growth import Series, fit, growth
+from benchmarks.harness.measure import OURS
 
 Row = dict[str, Any]
 

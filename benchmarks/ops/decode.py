@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Work
-from benchmarks.op import Draw, Op
+from benchmarks.harness.measure import Work
+from benchmarks.harness.op import Draw, Op
 
 SIZES = {
     "gpu": [{"B": B, "H": 12, "S": 1024, "D": 64} for B in (1, 8, 32, 128)],

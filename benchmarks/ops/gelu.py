@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
-from benchmarks.harness import Absent, Work, needs
-from benchmarks.op import Draw, Op
+from benchmarks.harness.measure import Absent, Work, needs
+from benchmarks.harness.op import Draw, Op
 
 SIZES = {
     "gpu": [{"rows": 32768, "width": 3072}, {"rows": 32768, "width": 6400}],

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Work, Wrong
-from benchmarks.op import Draw, Op
+from benchmarks.harness.measure import Work, Wrong
+from benchmarks.harness.op import Draw, Op
 from fastgpt.inference.sampling import SamplingParams, filtered, sample
 
 SIZES = {

@@ -1,4 +1,4 @@
-"""A pytest plugin for tests on a machine lent by the minute: pytest -p benchmarks.resumed --passed FILE --until S
+"""A pytest plugin for tests on a machine lent by the minute: pytest -p benchmarks.harness.resumed --passed FILE --until S
 
 Each test that passes is written to FILE at once, under the digest of the sources; a later call with the same sources leaves out
 what is there. No test is begun once S seconds have passed.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.record import source_digest
+from benchmarks.harness.record import source_digest
 
 
 def pytest_addoption(parser):

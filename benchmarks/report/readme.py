@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.floors import rate
-from benchmarks.growth import growth, power
-from benchmarks.harness import INT8, OURS
-from benchmarks.report import ahead_lines, left_out, load, machine, markdown, number, ratio
+from benchmarks.harness.floors import rate
+from benchmarks.harness.growth import growth, power
+from benchmarks.harness.measure import INT8, OURS
+from benchmarks.report.report import ahead_lines, left_out, load, machine, markdown, number, ratio
 
 Row = dict[str, Any]
 NOT_YET = "not yet measured"

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import (
+from benchmarks.harness.measure import (
     OURS,
     Absent,
     Benchmark,

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.harness import Work, needs
-from benchmarks.op import Draw, Op
+from benchmarks.harness.measure import Work, needs
+from benchmarks.harness.op import Draw, Op
 
 
 def causal_work(reads):

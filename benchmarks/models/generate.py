@@ -22,9 +22,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.graphed import GraphedLoop
-from benchmarks.harness import INT8, OURS, Absent, Benchmark, Candidate, Case, Work, Wrong, device, needs_cuda
-from benchmarks.models import (
+from benchmarks.harness.measure import INT8, OURS, Absent, Benchmark, Candidate, Case, Work, Wrong, device, needs_cuda
+from benchmarks.harness.op import interpreting
+from benchmarks.models.graphed import GraphedLoop
+from benchmarks.models.nanogpt import from_fastgpt
+from benchmarks.models.providers import (
     book_model,
     check_greedy,
     config,
@@ -33,8 +35,6 @@ from benchmarks.models import (
     spread_model,
     transformers_model,
 )
-from benchmarks.nanogpt import from_fastgpt
-from benchmarks.op import interpreting
 from fastgpt import GPTConfig, GPTModel
 from fastgpt.inference import engine as engines
 from fastgpt.info import kv_cache_bytes

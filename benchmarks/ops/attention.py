@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness import Absent, Work, needs, needs_cuda
-from benchmarks.op import Draw, Op
+from benchmarks.harness.measure import Absent, Work, needs, needs_cuda
+from benchmarks.harness.op import Draw, Op
 
 SIZES = {
     "gpu": [

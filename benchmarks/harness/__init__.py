@@ -1,0 +1,1 @@
+"""How things are timed, shown to be right, and recorded."""

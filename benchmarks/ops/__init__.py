@@ -1,0 +1,1 @@
+"""A file an op, named like its kernel: inputs, sizes, work by formula, peers."""
