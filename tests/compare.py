@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def assert_as_accurate_as_torch(ours: Tensor, torch_same_dtype: Tensor, exact: Tensor, name: str = "result") -> None:
@@ -30,3 +33,22 @@ def assert_as_accurate_as_torch(ours: Tensor, torch_same_dtype: Tensor, exact: T
         assert error <= allowed, (
             f"{name}: {norm} error {error:.3e} over {allowed:.3e} (twice torch's, plus one rounding)"
         )
+
+
+class TruncatedProducts(TorchDispatchMode):
+    """Inside, torch's fp32 products see operands cut to the 19 bits of tf32, as tensor cores cut those of `tl.dot`.
+
+    The hardware drops the low 13 bits, and Triton hands it plain fp32: https://github.com/triton-lang/triton/issues/4574
+    Whether torch's own tf32 on a card rounds to nearest first, only a card can tell. Use the math backend of attention.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm", "addmm", "baddbmm"):
+            first = 1 if name in ("addmm", "baddbmm") else 0
+            args = tuple(self._cut(a) if first <= i < first + 2 else a for i, a in enumerate(args))
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _cut(x: Tensor) -> Tensor:
+        return (x.contiguous().view(torch.int32) & -8192).view(torch.float32) if x.dtype == torch.float32 else x

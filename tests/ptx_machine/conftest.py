@@ -13,8 +13,8 @@ os.environ.pop("TRITON_INTERPRET", None)  # before anything imports triton
 
 
 def pytest_addoption(parser, pluginmanager):
-    parser.addoption("--all-cases", action="store_true", help="run the cases marked sampled too, every one")
-    parser.addoption("--sample-seed", type=int, help="which of the sampled cases run; drawn when left out")
+    parser.addoption("--all-cases", action="store_true", help="run every case")
+    parser.addoption("--sample-seed", type=int, help="which cases of a group run; drawn when left out")
     if not pluginmanager.hasplugin("timeout"):
         parser.addini("timeout", "pytest-timeout's, which isn't installed")
 
@@ -31,15 +31,19 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    """Of the cases of a group on one architecture, one; a seed's successor has the next."""
     if config.option.all_cases:
         return
-    kept, left = [], []
+    groups: dict[tuple, list] = {}
     for item in items:
-        marker = item.get_closest_marker("sampled")
-        draw = zlib.crc32(f"{config.option.sample_seed} {item.nodeid}".encode())
-        (kept if marker is None or draw % marker.args[0] == 0 else left).append(item)
-    items[:] = kept
-    config.hook.pytest_deselected(items=left)
+        if marker := item.get_closest_marker("one_of"):
+            groups.setdefault((*marker.args, item.callspec.params.get("arch")), []).append(item)
+    left = set()
+    for name, group in groups.items():
+        chosen = (config.option.sample_seed + zlib.crc32(str(name).encode())) % len(group)
+        left |= {item for i, item in enumerate(group) if i != chosen}
+    items[:] = [item for item in items if item not in left]
+    config.hook.pytest_deselected(items=list(left))
 
 
 @pytest.fixture(autouse=True)
