@@ -1,10 +1,15 @@
-"""What tests of checkpoints share: transformers' model, its ids, and when weights or logits are the same."""
+"""What tests of checkpoints share: models of both kinds, files of them, and when weights or logits are the same."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from models import tiny_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -14,11 +19,15 @@ from fastgpt.checkpoints.names import expected_shapes
 IDS = torch.randint(0, 101, (2, 16), generator=torch.Generator().manual_seed(7))
 
 
-def bits(tensors: dict[str, Tensor]) -> dict[str, tuple[Any, ...]]:
+def bits(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Any, ...]]:
     return {
         name: (t.dtype, t.shape, t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         for name, t in tensors.items()
     }
+
+
+def same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return bits(a) == bits(b)
 
 
 def rows(model: GPTModel) -> dict[str, Tensor]:
@@ -39,3 +48,26 @@ def hugging_face(**changes: Any) -> GPT2LMHeadModel:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
+
+
+def sharp(**changes: Any) -> GPTModel:
+    """A tiny model whose logits depend on every weight, with a norm epsilon and square matrices that can't be mistaken."""
+    return tiny_model(**{"norm_eps": 0.01, **changes})
+
+
+def theirs(**changes: Any) -> GPT2LMHeadModel:
+    """transformers' GPT-2 of the sizes and the epsilon of `sharp`."""
+    return hugging_face(layer_norm_epsilon=0.01, **changes)
+
+
+def read(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return load_file(directory / "model.safetensors"), json.loads((directory / "config.json").read_text())
+
+
+def write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None = None) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    contiguous = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    save_file(contiguous, directory / "model.safetensors", metadata={"format": "pt"})
+    if config is not None:
+        (directory / "config.json").write_text(json.dumps(config))
+    return directory

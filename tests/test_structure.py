@@ -121,14 +121,24 @@ def test_import_adds_under_0_3_s_to_torch():
     assert min(float(run(code)) for _ in range(3)) < 0.3
 
 
+# Longer than the rule allows, until each is split by what it tests.
+LONG_TESTS = {
+    "tests/benchmarks/test_benchmarks.py",
+    "tests/kernels/test_attention.py",
+    "tests/kernels/test_cross_entropy.py",
+    "tests/kernels/test_linear.py",
+    "tests/kernels/test_sampling.py",
+}
+
+
 def test_no_file_passes_450_lines():
     long = {
         str(path.relative_to(ROOT)): count
-        for room in ("fastgpt", "kernels", "benchmarks", "examples")
+        for room in ("fastgpt", "kernels", "benchmarks", "examples", "tests")
         for path in (ROOT / room).rglob("*.py")
         if (count := len(path.read_text(encoding="utf-8").splitlines())) > 450
     }
-    assert not long
+    assert not long.keys() - LONG_TESTS, long
 
 
 def test_wheel_holds_both_packages_and_nothing_called_kernels():
