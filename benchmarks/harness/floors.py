@@ -15,6 +15,7 @@ On a CPU: copy, read, weights, matmul, and the call of a small torch op.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +25,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.measure import NOTHING, Case, Work, clock, device, row, seconds, timing
+from benchmarks.harness.measure import NOTHING, Case, Work, device, row, seconds, timing
 from benchmarks.harness.op import interpreting
 from benchmarks.harness.record import Store, machine_name, run_record, state
+from fastgpt.graphs import capture
 
 GROUP = "floors"
 ROUNDS = 15
@@ -140,10 +142,10 @@ def launches(scale: str, rounds: int) -> Iterator[dict[str, Any]]:
     hopper = on_gpu and torch.cuda.get_device_capability()[0] >= 9
     for grid in sorted({1, programs}):
         for dependent in (False, True) if hopper else (False,):
-            run, nodes = (
-                _graph(lambda g=grid, d=dependent: many(d, g, NODES if on_gpu else 2), on_gpu),
-                NODES if on_gpu else 2,
-            )
+            nodes = NODES if on_gpu else 2
+            run = functools.partial(many, dependent, grid, nodes)
+            if on_gpu:
+                run, _ = capture(run, device())
             floor = Floor("graph node", "us", {"programs": grid, "dependent launch": dependent})
             yield floor.row(sampled(run, rounds), lambda t, n=nodes: t / n * 1e6)
     for kind in kernels.BARRIERS if on_gpu else kernels.BARRIERS[:1]:
@@ -155,17 +157,6 @@ def launches(scale: str, rounds: int) -> Iterator[dict[str, Any]]:
         samples = [(long - short) for short, long in zip(*times, strict=True)]
         floor = Floor("barrier", "us", {"programs": programs, "kind": kind})
         yield floor.row(samples, lambda t, n=many_turns - few: t / n * 1e6)
-
-
-def _graph(run: Callable[[], None], capture: bool) -> Callable[[], None]:
-    if not capture:
-        return run
-    run()
-    clock()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def measure_floors(store: Store, scale: str, again: bool = False) -> None:

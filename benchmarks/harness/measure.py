@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.record import version
+from fastgpt.graphs import capture
 
 # A sample shorter than this is repeated inside itself: synchronizing costs 10 us, which is then 0.3% of it.
 SAMPLE_SECONDS = 3e-3
@@ -176,12 +177,10 @@ def host_loop(calls: Sequence[Callable[[], Any]], repeats: int) -> Callable[[], 
 
 def graph_loop(calls: Sequence[Callable[[], Any]], repeats: int, stream: torch.cuda.Stream) -> Callable[[], list[Any]]:
     """host_loop as one CUDA graph; the outputs are the graph's own memory, written anew by every run."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        outputs = host_loop(calls, repeats)()
+    replay, outputs = capture(host_loop(calls, repeats), stream.device, warmups=0, stream=stream)
 
     def run() -> list[Any]:
-        graph.replay()
+        replay()
         return outputs
 
     return run

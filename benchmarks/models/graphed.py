@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import GPTModel
+from fastgpt.graphs import capture
 
 
 def logits(
@@ -69,7 +70,7 @@ class GraphedLoop:
             packed = [torch.cat(parts) for parts in zip(*qkv, strict=True)]
             out, up, down = ((linear.weight, linear.bias) for linear in (att.out_proj, up, down))
             self.blocks.append((*norms[0], *packed, *out, *norms[1], *up, *down))
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.replay: Callable[[], None] | None = None
 
     def _forward(self, idx: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
         """Writes keys and values at `positions` [T]; -> ids [B, 1] of the likeliest next tokens."""
@@ -88,25 +89,10 @@ class GraphedLoop:
         """What makes a token from `token` and `position`: the graph's replay, or without a GPU the step itself."""
         if not self.token.is_cuda:
             return self._step
-        if self.graph is None:
-            self.graph = self._captured()
-        return self.graph.replay
-
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        kept = self.token.clone(), self.position.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._step()
-                self.position.copy_(kept[1])
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
-        self.token.copy_(kept[0])
-        self.position.copy_(kept[1])
-        return graph
+        if self.replay is None:
+            moved = [self.token, self.position]
+            self.replay, _ = capture(self._step, self.token.device, moved=moved, warmups=3)
+        return self.replay
 
     @torch.no_grad()
     def generate(self, idx: Tensor, new_tokens: int) -> Tensor:

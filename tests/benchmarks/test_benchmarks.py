@@ -272,28 +272,23 @@ def test_a_graph_is_replayed_and_counted(monkeypatch):
     """What a GPU would do, with stand-ins for capture and replay."""
     replays, captured = [], []
 
-    class Graph:
-        def replay(self):
-            replays.append(self)
+    def capture(run, device, *, warmups, stream):
+        assert (device, warmups, stream) == ("its device", 0, place)
+        captured.append(0)
+
+        def replay():
+            replays.append(1)
             time.sleep(1e-3)
 
-    class Capture:
-        def __init__(self, graph, stream):
-            assert stream == "stream"
-
-        def __enter__(self):
-            captured.append(0)
-
-        def __exit__(self, *error):
-            pass
+        return replay, run()
 
     def call():
         captured[-1] += 1
         return captured[-1]
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", Capture)
-    run, calls = measure.looped([call, call], "stream")
+    place = types.SimpleNamespace(device="its device")
+    monkeypatch.setattr(measure, "capture", capture)
+    run, calls = measure.looped([call, call], place)
     assert captured[0] == 2
     assert calls == captured[-1] == 2 * -(-measure.SAMPLE_SECONDS // 1e-3) or calls == captured[-1]
     before = len(replays)
