@@ -126,7 +126,6 @@ LONG_TESTS = {
     "tests/kernels/test_attention.py",
     "tests/kernels/test_cross_entropy.py",
     "tests/kernels/test_linear.py",
-    "tests/kernels/test_sampling.py",
 }
 
 
