@@ -85,8 +85,9 @@ def _grid(**values: Sequence[Any]) -> tuple[dict[str, Any], ...]:
     return tuple(dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values()))
 
 
-def _attention(name: str) -> Chosen:
-    kernels = importlib.import_module("fastgpt_kernels.attention")
+def _attention(place: str) -> Chosen:
+    module, _, name = place.partition(".")
+    kernels = importlib.import_module(f"fastgpt_kernels.{module}")
     return lambda case, capability, _: getattr(kernels, name)(capability, case.size["D"], case.torch_dtype, False)
 
 
@@ -126,15 +127,15 @@ def constants() -> dict[str, Constant]:
             attention.ATTENTION,
             "forward",
             forward,
-            _attention("_fwd_blocks"),
+            _attention("attention._fwd_blocks"),
         ),
         Constant(
             "attention-backward",
-            "attention._bwd_blocks",
+            "_attention_backward._bwd_blocks",
             attention.ATTENTION,
             "backward",
             backward,
-            _attention("_bwd_blocks"),
+            _attention("_attention_backward._bwd_blocks"),
         ),
         Constant("gemm-gelu", "gemm.gemm_blocks", linear.GELU, "forward", _blocks((1, 2, 4)), _gemm),
         Constant("gemm-group", "gemm.GROUP_M", linear.GELU, "forward", (4, 8, 16)),

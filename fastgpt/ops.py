@@ -31,6 +31,7 @@ OPS = (
     "linear",
     "mlp",
     "attention",
+    "packed_attention",
     "decode_attention",
     "cross_entropy",
     "linear_cross_entropy",
@@ -207,8 +208,20 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    first: Tensor | None = None,
 ) -> Tensor:
-    return _module("attention", q).attention(q, k, v, causal, scale, dropout_p, seed)
+    return _module("attention", q).attention(q, k, v, causal, scale, dropout_p, seed, first)
+
+
+def packed_attention(
+    qkv: Tensor,
+    causal: bool = True,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    first: Tensor | None = None,
+) -> Tensor:
+    return _module("packed_attention", qkv).packed_attention(qkv, causal, scale, dropout_p, seed, first)
 
 
 def decode_attention(

@@ -134,13 +134,19 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    first: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * q @ k.T) @ v. q [B, H, T, D], k and v [B, H, S, D] -> [B, H, T, D]; scale defaults to D ** -0.5.
 
-    `causal` is aligned to the end: query t sees keys 0 .. S - T + t, so that the queries may be the last T of S positions. A
-    query that sees no key gives zeros. Dropout acts on the probabilities.
+    `causal` is aligned to the end: query t sees keys 0 .. S - T + t, so that the queries may be the last T of S positions. With
+    `first`, int32 [B, T], query t of row b sees keys first[b, t] .. S - T + t: where its document begins in a packed row, the
+    length of the padding on the row's left, or S - T + t - w + 1 for a window of w keys. It must not decrease along T, which is
+    checked where that doesn't make a device wait. A query that sees no key gives zeros and no gradient. Dropout acts on the
+    probabilities.
     """
     T, S = q.shape[-2], k.shape[-2]
+    if first is not None:
+        return _attention_from(first, q, k, v, causal, scale, dropout_p, seed)
     if dropout_p > 0.0:
         return _dropout(attention_probabilities(q, k, causal, scale), dropout_p, seed) @ v
     if not causal or T == 1 <= S:
@@ -151,6 +157,50 @@ def attention(
         mask = causal_mask(T, S, q.device)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return attention_probabilities(q, k, causal, scale) @ v
+
+
+def packed_attention(
+    qkv: Tensor,
+    causal: bool = True,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    first: Tensor | None = None,
+) -> Tensor:
+    """`attention` of what one projection made: qkv [B, T, 3, H, D] -> [B, H, T, D]."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    return attention(q, k, v, causal, scale, dropout_p, seed, first)
+
+
+def _attention_from(
+    first: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    seed: int | None,
+) -> Tensor:
+    """`attention` with the first key that each query sees."""
+    (B, _, T, D), S = q.shape, k.shape[-2]
+    if first.dtype != torch.int32 or first.shape != (B, T):
+        raise ValueError(f"attention: first must be int32 of shape {(B, T)}, got {first.dtype} {tuple(first.shape)}")
+    if not causal:
+        raise ValueError("attention: first goes with causal=True alone, got causal=False")
+    if first.device.type == "cpu" and not torch.compiler.is_compiling():
+        down = (first[:, 1:] < first[:, :-1]).nonzero()
+        if len(down):
+            raise ValueError(f"attention: first must not decrease along T, but does behind [row, t] {down[0].tolist()}")
+    keys = torch.arange(S, device=q.device)
+    visible = (causal_mask(T, S, q.device) & (keys >= first[:, :, None]))[:, None]  # [B, 1, T, S]
+    if dropout_p > 0.0:
+        scores = (q @ k.transpose(-2, -1)).to(_at_least_float32(q.dtype)) * (D**-0.5 if scale is None else scale)
+        weights = _safe_softmax(scores.masked_fill(~visible, -math.inf)).to(q.dtype)
+        return _dropout(weights, dropout_p, seed) @ v
+    blind = ~visible.any(-1, keepdim=True)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | blind, scale=scale)
+    return out.masked_fill(blind, 0.0)
 
 
 def attention_probabilities(q: Tensor, k: Tensor, causal: bool = True, scale: float | None = None) -> Tensor:

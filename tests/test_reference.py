@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -119,6 +120,21 @@ def test_attention_is_the_formula(T, S, causal):
     q, k, v = torch.randn(2, 3, T, 8).double(), torch.randn(2, 3, S, 8).double(), torch.randn(2, 3, S, 8).double()
     torch.testing.assert_close(reference.attention(q, k, v, causal), exact_attention(q, k, v, causal, 8**-0.5))
     torch.testing.assert_close(reference.attention(q, k, v, causal, 0.3), exact_attention(q, k, v, causal, 0.3))
+
+
+@pytest.mark.parametrize(("T", "S"), [(7, 7), (3, 7), (7, 3)])
+def test_attention_from_a_first_key_is_the_formula(T, S):
+    q, k, v = torch.randn(2, 2, T, 4).double(), torch.randn(2, 2, S, 4).double(), torch.randn(2, 2, S, 4).double()
+    first = torch.tensor([[0, 0, 1, 1, 4, 4, 9][-T:], [2] * T], dtype=torch.int32)
+    right = torch.zeros(2, 2, T, 4).double()
+    for b, t in itertools.product(range(2), range(T)):
+        begin, end = int(first[b, t]), S - T + t + 1
+        if begin < end:
+            keys = slice(begin, end)
+            right[b, :, t] = exact_attention(q[b, :, t : t + 1], k[b, :, keys], v[b, :, keys], False, 0.5)[:, 0]
+    torch.testing.assert_close(reference.attention(q, k, v, first=first), right)
+    dropped = reference.attention(q, k, v, first=first, dropout_p=1e-9, seed=1)
+    torch.testing.assert_close(dropped, right)
 
 
 def test_attention_dropout_acts_on_probabilities():

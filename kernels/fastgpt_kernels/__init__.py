@@ -1,6 +1,6 @@
 """Triton kernels for GPT-2-family models, forward and backward, behind the signatures of `fastgpt.reference`."""
 
-from fastgpt_kernels.attention import attention
+from fastgpt_kernels.attention import attention, packed_attention
 from fastgpt_kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from fastgpt_kernels.decode import decode_attention
 from fastgpt_kernels.dropout import dropout_add
@@ -23,5 +23,6 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "mlp",
+    "packed_attention",
     "softmax",
 ]

@@ -243,12 +243,12 @@ def linear_cases(scope: Scope) -> Iterator[Case]:
 
 
 def attention_cases(scope: Scope) -> Iterator[Case]:
-    from .attention import attention
+    from .attention import attention, packed_attention
 
-    def run(dtype: torch.dtype, head_size: int, causal: bool, dropout_p: float) -> None:
+    def run(dtype: torch.dtype, head_size: int, causal: bool, dropout_p: float, documents: bool = False) -> None:
         qkv = meta(8, 1024, 3, 12, head_size, dtype=dtype, grad=True)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        out = attention(q, k, v, causal, dropout_p=dropout_p)
+        first = meta(8, 1024, dtype=torch.int32) if documents else None
+        out = packed_attention(qkv, causal, dropout_p=dropout_p, first=first)
         backward(out.transpose(1, 2).reshape(8, 1024, -1))
 
     def run_prefill(dtype: torch.dtype, head_size: int) -> None:
@@ -259,9 +259,11 @@ def attention_cases(scope: Scope) -> Iterator[Case]:
         label = f"{name} D={head_size}"
         yield Case("attention", f"{label} causal", partial(run, dtype, head_size, True, 0.0))
         yield Case("attention", f"{label} causal dropout", partial(run, dtype, head_size, True, 0.1))
+        yield Case("attention", f"{label} documents", partial(run, dtype, head_size, True, 0.0, True))
         yield Case("attention", f"{label} prefill", partial(run_prefill, dtype, head_size))
         if variants:
             yield Case("attention", f"{label} not causal", partial(run, dtype, head_size, False, 0.0))
+            yield Case("attention", f"{label} documents dropout", partial(run, dtype, head_size, True, 0.1, True))
 
 
 def decode_attention_cases(scope: Scope) -> Iterator[Case]:

@@ -6,6 +6,9 @@ A constexpr stands on the right of each operator, since on the left the interpre
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
+
+from ._launch import INTERPRETING
 
 # GPT-2's GELU is x (1 + tanh(u)) / 2 = x / (1 + exp(-2u)), and exp(-2u) = exp2(x (_TANH_1 + _TANH_3 x^2)).
 _TANH_1 = tl.constexpr(-2.302208198144325)  # -2 sqrt(2 / pi) log2(e)
@@ -18,6 +21,8 @@ _MINUS_HALF_LOG2E = tl.constexpr(-0.7213475204444817)
 
 # The fewest with which Philox4x32 passes BigCrush (Salmon et al., 2011, table 2); FlashAttention's LayerNorm has 7 too.
 _PHILOX_ROUNDS = tl.constexpr(7)
+
+_ASSEMBLY = tl.constexpr(not INTERPRETING)
 
 
 @triton.jit
@@ -56,6 +61,35 @@ def activation_grad(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _product(x, FACTOR: tl.constexpr):
+    """x * FACTOR as uint64, for uint32 x: one instruction, where the compiler makes two or more of a product's halves."""
+    if _ASSEMBLY:
+        if is_cuda():
+            return tl.inline_asm_elementwise(
+                "mul.wide.u32 $0, $1, $2;", "=l,r,n", [x, FACTOR], dtype=tl.uint64, is_pure=True, pack=1
+            )
+        else:
+            return x.to(tl.uint64) * FACTOR
+    else:
+        return x.to(tl.uint64) * FACTOR
+
+
+@triton.jit
+def philox(seed, c0, c1, c2, c3):
+    """Four tensors of 32 random bits, Philox4x32 of counters c0 .. c3 (int32) with the bits of `seed` as its key: tl.philox's."""
+    key = seed.to(tl.uint64)
+    k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    c0, c1 = c0.to(tl.uint32, bitcast=True), c1.to(tl.uint32, bitcast=True)
+    c2, c3 = c2.to(tl.uint32, bitcast=True), c3.to(tl.uint32, bitcast=True)
+    for _ in tl.static_range(_PHILOX_ROUNDS):
+        a, b = _product(c0, 0xD2511F53), _product(c2, 0xCD9E8D57)
+        c0, c1 = (b >> 32).to(tl.uint32) ^ c1 ^ k0, b.to(tl.uint32)
+        c2, c3 = (a >> 32).to(tl.uint32) ^ c3 ^ k1, a.to(tl.uint32)
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
 def random_word(seed, offsets, c2, c3):
     """32 random bits for each of `offsets` (int64), a pure function of all four; c2 and c3 tell streams apart.
 
@@ -64,8 +98,7 @@ def random_word(seed, offsets, c2, c3):
     """
     zero = (offsets * 0).to(tl.int32)
     low, high = (offsets >> 2).to(tl.int32), (offsets >> 34).to(tl.int32)
-    c2, c3 = zero + c2.to(tl.int32), zero + c3.to(tl.int32)
-    r0, r1, r2, r3 = tl.philox(seed, low, high, c2, c3, _PHILOX_ROUNDS)
+    r0, r1, r2, r3 = philox(seed, low, high, zero + c2.to(tl.int32), zero + c3.to(tl.int32))
     word = (offsets & 3).to(tl.int32)
     return tl.where(word < 2, tl.where(word == 0, r0, r1), tl.where(word == 2, r2, r3))
 

@@ -1,60 +1,28 @@
 from __future__ import annotations
 
-import importlib
 import math
 
 import pytest
 import torch
 import torch.utils.checkpoint
+from attention_problems import DTYPES, backward, compare, dropout_mask, forward, problem, run, small_blocks
 from compare import assert_as_accurate_as_torch
 from layouts import LAYOUTS
-from mutants import mutant
+from mutants import mutants
 
 from fastgpt import reference
 from fastgpt_kernels import attention
 
-module = importlib.import_module("fastgpt_kernels.attention")  # the package has a function of that name
-
 # numpy, which the interpreter computes with, warns where a GPU overflows silently
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
-
-DTYPES = [torch.float32, torch.float16]
-
-
-def small_blocks(target):
-    """Tiles so small that sizes the interpreter can bear have several, whole and on the diagonal."""
-    target._fwd_blocks = lambda *_: {"BLOCK_M": 32, "BLOCK_N": 16, "num_stages": 1, "num_warps": 4}
-    target._bwd_blocks = lambda *_: {"BLOCK_INNER": 16, "BLOCK_OWN": 32, "num_stages": 1, "num_warps": 4}
-    return target
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(request, monkeypatch):
     if not request.node.get_closest_marker("gpu"):
-        for name in ("_fwd_blocks", "_bwd_blocks"):
-            monkeypatch.setattr(module, name, getattr(module, name))
-        small_blocks(module)
-
-
-def problem(B, H, T, S, D, dtype=torch.float32, device="cpu"):
-    """q, k, v and the gradient of out."""
-    return [torch.randn(B, H, n, D, device=device).to(dtype) for n in (T, S, S, T)]
-
-
-def run(op, q, k, v, dout, **options):
-    """out, dq, dk, dv."""
-    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-    out = op(*inputs, **options)
-    return [out, *torch.autograd.grad(out, inputs, dout)]
-
-
-def compare(ours, tensors, reference_op=reference.attention, **options):
-    exact = run(reference_op, *(t.double() for t in tensors), **options)
-    theirs = run(reference_op, *tensors, **options)
-    results = run(ours, *tensors, **options)
-    for name, o, t, e in zip(("out", "dq", "dk", "dv"), results, theirs, exact, strict=True):
-        assert_as_accurate_as_torch(o, t, e, name)
-    return results
+        monkeypatch.setattr(forward, "_fwd_blocks", None)
+        monkeypatch.setattr(backward, "_bwd_blocks", None)
+        small_blocks(forward, backward)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -122,8 +90,9 @@ def test_packed_qkv_is_read_and_written_in_place(device, monkeypatch):
     qkv = torch.randn(B, T, 3, H, D, device=device)
     q, k, v = (t.transpose(1, 2).requires_grad_() for t in qkv.unbind(2))
     launches = []
-    launch = module.launch
-    monkeypatch.setattr(module, "launch", lambda *args, **options: launches.append(args) or launch(*args, **options))
+    launch = forward.launch
+    for where in (forward, backward):
+        monkeypatch.setattr(where, "launch", lambda *args, **options: launches.append(args) or launch(*args, **options))
     out = attention(q, k, v)
     gradients = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
     for _, _, *arguments in (launches[0], launches[2]):
@@ -176,12 +145,6 @@ def test_empty(shape, device):
     for result, like in zip(run(attention, *tensors), [tensors[3], *tensors[:3]], strict=True):
         assert result.shape == like.shape
         assert not result.any()
-
-
-def dropout_mask(B, H, T, S, p, seed, device, op=attention):
-    """What survives, taken out of the op: with q = 0 and v = identity, out is the matrix of kept probabilities."""
-    eye = torch.eye(S, device=device).expand(B, H, S, S)
-    return op(torch.zeros(B, H, T, S, device=device), eye, eye, causal=False, dropout_p=p, seed=seed) > 0
 
 
 def replayed(mask, p):
@@ -249,10 +212,17 @@ def test_float64(device):
 def test_opcheck(device):
     q, k, v, dout = problem(1, 2, 5, 7, 8, device=device)
     seed = torch.ones(1, dtype=torch.int64, device=device)
-    for options in ((None, True, 0.3, 0.0), (seed, False, 0.3, 0.5)):
-        torch.library.opcheck(module.attention_fwd.op, (q, k, v, *options))
-        out, lse = module.attention_fwd(q, k, v, *options)
-        torch.library.opcheck(module.attention_bwd.op, (dout, q, k, v, out, lse, *options))
+    first = torch.tensor([[0, 0, 2, 2, 6]], dtype=torch.int32, device=device)
+    for first_, *options in (
+        (None, None, True, 0.3, 0.0),
+        (None, seed, False, 0.3, 0.5),
+        (first, None, True, 0.3, 0.0),
+    ):
+        for dtype in (torch.float32, torch.float16):
+            tensors = [t.to(dtype) for t in (q, k, v)]
+            torch.library.opcheck(forward.attention_fwd.op, (*tensors, first_, *options))
+            results = forward.attention_fwd(*tensors, first_, *options)
+            torch.library.opcheck(forward.attention_bwd.op, (dout.to(dtype), *tensors, first_, *results, *options))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own doing
@@ -353,28 +323,34 @@ def compare_dropout(broken):
     [
         (compare_with_more_keys, "cols <= rows + (S - T)", "cols < rows + (S - T)"),
         (compare_with_more_keys, "cols <= rows + (S - T)", "cols <= rows"),
-        (compare_with_more_keys, "return seen_by_all // BLOCK *", "return tl.cdiv(seen_by_all, BLOCK) *"),
+        (compare_with_more_keys, "tl.maximum(row + 1 + S - T, 0)", "tl.maximum(row + BLOCK + S - T, 0)"),
         (compare_with_more_keys, "scale_head(acc, alpha[:, None])", "acc"),
         (compare_with_more_keys, "l_i = l_i * alpha + tl.sum(p, 1)", "l_i = l_i + tl.sum(p, 1)"),
         (compare_with_more_keys, "tl.sum(p, 1)", "tl.sum(p.to(tl.float16), 1)"),
         (compare_with_more_keys, "p_t * (dp_t - delta[None, :])", "p_t * dp_t"),
-        (compare_with_more_keys, "scale_head(dk, scale)", "scale_head(dk, scale_log2)"),
-        (compare_with_more_keys, "begin, end = end, tiles", "begin, end = end, tiles - 1"),
+        (compare_with_more_keys, "scale_head(dk, scale * rescale)", "scale_head(dk, scale_log2)"),
+        (compare_with_more_keys, "ragged, end = 0, 0, tiles, tiles", "ragged, end = 0, 0, tiles - 1, tiles"),
         (compare_with_fewer_keys, "begin = tl.maximum(col + T - S, 0)", "begin = tl.maximum(col + T + S, 0)"),
-        (compare_with_fewer_keys, "cols[:, None], T, S, CAUSAL), p_t, 0.0)", "cols[:, None], T, S, CAUSAL), p_t, p_t)"),
-        (compare_with_fewer_keys, 'mask=rows < T, other=float("inf")', "mask=rows < T, other=0.0"),
+        (compare_with_fewer_keys, "first, T, S, CAUSAL), p_t, 0.0)", "first, T, S, CAUSAL), p_t, 1.0)"),
+        (compare_with_fewer_keys, 'at * 2, mask=rows < T, other=float("inf")', "at * 2, mask=rows < T, other=0.0"),
         (compare_with_fewer_keys, "l_i = tl.where(empty, 1.0, l_i)", "l_i = l_i"),
+        (compare_with_more_keys, "s_t -= log_sum[None, :]", "s_t -= 0.0"),
+        (compare_with_more_keys, "s -= log_sum[:, None]", "s -= 0.0"),
         (compare_layout, "dout_ptr += b * stride_gb + h * stride_gh", "dout_ptr += b * stride_gh + h * stride_gb"),
         (compare_layout, "h * stride_oh, rows, stride_ot, T, scale_head", "stride_oh, rows, stride_ot, T, scale_head"),
-        (compare_dropout, "dp = tl.where(keep, dp * kept, 0.0)", "dp = dp"),
-        (compare_dropout, "kept_t = tl.where(keep_t, p_t * kept, 0.0)", "kept_t = tl.where(keep_t, p_t, 0.0)"),
-        (compare_dropout, "(rows >> 4) * 8 + (rows & 7)", "(rows >> 4) * 8 + (rows & 3)"),
+        (compare_dropout, "BLOCK_OWN, BLOCK_INNER, False), dp, nothing)", "BLOCK_OWN, BLOCK_INNER, False), dp, dp)"),
+        (compare_dropout, "BLOCK_INNER, BLOCK_OWN, True), p_t, nothing)", "BLOCK_INNER, BLOCK_OWN, True), p_t, p_t)"),
+        (compare_dropout, "kept_t * dp_t - p_t * delta[None, :]", "kept_t * (dp_t - delta[None, :])"),
+        (compare_dropout, "return ((i & -16) + (i & 7) * 2) >> 1", "return ((i & -16) + (i & 3) * 2) >> 1"),
+        (compare_dropout, "delta * kept", "delta"),
+        (compare_dropout, "scale_head(dv, rescale)", "dv"),
     ],
 )  # fmt: skip
 def test_mutants_are_caught(check, original, changed):
     if torch.cuda.is_available():
         pytest.skip("mutants run in the interpreter")
-    broken = small_blocks(mutant("attention", original, changed))
+    _, backward, broken = mutants(("_attention_mask", "_attention_backward", "attention"), original, changed)
+    small_blocks(broken, backward)
     with pytest.raises(AssertionError):
         check(broken)
 
@@ -406,7 +382,7 @@ def test_bit_equal_250_times(dropout_p, device):
 
 @pytest.mark.gpu
 def test_dropout_at_gpt2_shape(device):
-    p, seed, T = 0.1, 7, 256
+    p, seed, T = 6554 / 65536, 7, 256  # as near to 0.1 as 16 bits come
     mask = dropout_mask(2, 12, T, T, p, seed, device)
 
     def dropped(*tensors, causal):

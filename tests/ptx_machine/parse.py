@@ -7,7 +7,6 @@ nested `{ }` scopes of inline assembly, `.loc` and `.file`. What isn't understoo
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 import struct
 from typing import Any
@@ -68,10 +67,9 @@ class Instruction:
     source: str  # file:line of the Triton program, where known
     index: int = -1
 
-    @functools.cached_property
-    def type(self) -> str:
-        """The last of its types."""
-        return next(m for m in reversed(self.mods) if m in SIZES)
+    @property
+    def opcode(self) -> str:
+        return ".".join((self.name, *self.mods))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +92,7 @@ class Kernel:
     instructions: list[Instruction]
     labels: dict[str, int]
     threads: int
-    arrays: dict[str, Any] = dataclasses.field(default_factory=dict)  # memory of the variables
-
-    @functools.cached_property
-    def synchronises(self) -> bool:
-        """Whether atomics order memory."""
-        orders = {"release", "acquire", "acq_rel"}
-        return any(i.name in ("atom", "red", "ld", "st") and orders & set(i.mods) for i in self.instructions)
+    text: str
 
 
 SIZES = {f"{kind}{8 * size}": size for kind in "bus" for size in (1, 2, 4, 8)}
@@ -289,6 +281,7 @@ class _Parser:
             self.instructions,
             self.labels,
             threads,
+            self.text,
         )
 
     def body(self, start: int, line: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from compare import assert_as_accurate_as_torch
@@ -18,8 +20,8 @@ ATTENTION = {
     "T=40 S=170 D=64 causal": {"shape": (1, 2, 40, 170, 64)},
     "T=150 S=70 D=96 causal": {"shape": (1, 1, 150, 70, 96)},
     "1x1x1x16": {"shape": (1, 1, 1, 1, 16)},
-    "1x2x140x64 causal p=0.2": {"shape": (1, 2, 140, 140, 64), "p": 0.2},
-    "T=70 S=90 D=80 p=0.2": {"shape": (1, 1, 70, 90, 80), "causal": False, "p": 0.2},
+    "1x2x140x64 causal p=0.25": {"shape": (1, 2, 140, 140, 64), "p": 0.25},
+    "T=70 S=90 D=80 p=0.25": {"shape": (1, 1, 70, 90, 80), "causal": False, "p": 0.25},
 }
 
 
@@ -53,21 +55,51 @@ def test_attention_is_as_accurate_as_torch(arch, name, precision):
     attention(arch, PRECISIONS[precision], **ATTENTION[name])
 
 
+def documents(*lengths: int) -> list[int]:
+    """Where the document of each position of a row begins."""
+    return [sum(lengths[:i]) for i, length in enumerate(lengths) for _ in range(length)]
+
+
+# B, H, T, S, D and the first key that each query of each row sees
+FIRST = {
+    "documents": ((2, 1, 300, 300, 64), [documents(1, 7, 64, 65, 163), documents(299, 1)]),
+    "window, D=80": ((1, 1, 200, 200, 80), [[t - 40 for t in range(200)]]),
+    "T=150 S=270, padding": ((1, 1, 150, 270, 64), [[200] * 150]),
+    "T=200 S=150, some unseen, D=128": ((1, 1, 200, 150, 128), [[0] * 100 + [90] * 60 + [150] * 40]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [pytest.param(name, p, marks=pytest.mark.one_of(f"attention first {p}")) for name in FIRST for p in PRECISIONS],
+)
+def test_queries_see_no_key_before_their_first(arch, name, precision):
+    (B, H, T, S, D), rows = FIRST[name]
+    inputs, first = [randn(B, H, n, D) for n in (T, S, S)], torch.tensor(rows, dtype=torch.int32)
+    plain = functools.partial(reference.attention, first=first)
+    compare(arch, PRECISIONS[precision], kernels.attention, plain, inputs, first=first)
+
+
+@pytest.mark.one_of("attention large")
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_scores_ten_thousand_times_the_usual(arch, precision):
+    inputs = [randn(1, 2, 150, 64, scale=scale) for scale in (100.0, 100.0, 1.0)]
+    compare(arch, PRECISIONS[precision], kernels.attention, reference.attention, inputs)
+
+
 @pytest.mark.one_of("attention packed")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_attention_of_a_packed_qkv(arch, precision):
-    B, T, H, D = 2, 140, 2, 64
-
-    def of(module):
-        return lambda x: module.attention(*x.permute(2, 0, 3, 1, 4).unbind()).transpose(1, 2).reshape(B, T, H * D)
-
-    compare(arch, PRECISIONS[precision], of(kernels), of(reference), [randn(B, T, 3, H, D)])
+    packed, plain = kernels.packed_attention, reference.packed_attention
+    compare(arch, PRECISIONS[precision], packed, plain, [randn(2, 140, 3, 2, 64)])
 
 
 DECODE = {
-    "B=3 T=1 S=300 D=64": ((3, 2, 1, 300, 64), [300, 0, 77]),
-    "B=2 T=4 S=200 D=80": ((2, 2, 4, 200, 80), [200, 3]),
-    "B=1 T=19 S=150 D=128": ((1, 1, 19, 150, 128), [149]),
+    "B=3 T=1 S=300 D=64": ((3, 2, 1, 300, 64), [300, 0, 77], None),
+    "B=2 T=4 S=200 D=80": ((2, 2, 4, 200, 80), [200, 3], None),
+    "B=1 T=19 S=150 D=128": ((1, 1, 19, 150, 128), [149], None),
+    "B=3 T=1 S=300 D=64 padded": ((3, 2, 1, 300, 64), [300, 0, 277], [100, 0, 3]),
+    "B=2 T=4 S=200 D=80 padded": ((2, 2, 4, 200, 80), [200, 13], [170, 13]),
 }
 
 
@@ -76,15 +108,16 @@ DECODE = {
     [pytest.param(n, p, marks=pytest.mark.one_of(f"decode_attention {p}")) for n in DECODE for p in PRECISIONS],
 )
 def test_attention_over_a_cache_sees_its_length_alone(arch, name, precision):
-    (B, H, T, S, D), lengths = DECODE[name]
+    (B, H, T, S, D), lengths, first = DECODE[name]
     precision = PRECISIONS[precision]
     q, k, v = (randn(B, H, n, D).to(precision.dtype) for n in (T, S, S))
     for b, n in enumerate(lengths):
         k[b, :, n:], v[b, :, n:] = float("nan"), float("nan")
     lengths = torch.tensor(lengths, dtype=torch.int32)
+    first = None if first is None else torch.tensor(first, dtype=torch.int32)
     with precision.machine(arch):
-        ours = kernels.decode_attention(q, k, v, lengths)
+        ours = kernels.decode_attention(q, k, v, lengths, first)
     with precision.torchs():
-        plain = reference.decode_attention(q, k, v, lengths)
-    exact = reference.decode_attention(q.double(), k.double(), v.double(), lengths)
+        plain = reference.decode_attention(q, k, v, lengths, first)
+    exact = reference.decode_attention(q.double(), k.double(), v.double(), lengths, first)
     assert_as_accurate_as_torch(ours, plain, exact)
