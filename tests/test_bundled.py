@@ -27,9 +27,8 @@ def test_size_and_card():
 
 def test_held_out_files_cost_fewer_bits_than_xz():
     """On the standard library of the Python that runs the tests; the card's figure is for the one it was trained on."""
-    _, held_out = standard_library()
-    documents = list(held_out.values())
-    assert sum(map(len, documents)) > 100_000
+    documents = list(standard_library()[1].values())[::5]
+    assert sum(map(len, documents)) > 50_000
     result = evaluate(GPTModel.from_pretrained("bundled"), load_tokenizer(BUNDLED), documents)
     xz = xz_bits_per_byte(documents)
     print(f"{result.bits_per_byte:.4f} bits per byte, xz -9 {xz:.4f}")
