@@ -21,6 +21,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +30,10 @@ import fastgpt.config
 from fastgpt import layers, ops
 from fastgpt.checkpoints import layouts, weights
 from fastgpt.checkpoints.dialects import said_activation
-from fastgpt.inference.cache import KVCache
+from fastgpt.inference.batch import Called, evaluating
 from fastgpt.inference.generate import generate_tensor
 from fastgpt.model import GPTModel
-from fastgpt.plan import plain
+from fastgpt.plan import Unchanged, plain
 from fastgpt.training.optimizer import optimizer_groups
 
 A100_BF16_FLOPS = 312e12  # the peak that nanoGPT's MFU is a share of
@@ -78,9 +79,8 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.n_embd = config.n_embd
-        self.dropout = (
-            config.dropout
-        )  # of the attention probabilities; nanoGPT's attn_dropout is not in its flash path either
+        # Of the attention probabilities; nanoGPT's attn_dropout is not in its flash path either.
+        self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, C] -> [B, T, C]"""
@@ -211,7 +211,6 @@ class GPT(nn.Module):
             return ops.embedding(idx, wte.weight, wpe.weight, drop.p if self.training else 0.0)
         return drop(wte(idx) + wpe(torch.arange(idx.shape[1], device=idx.device)))
 
-    @torch.no_grad()
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
         """Continue every row of idx [B, T] by max_new_tokens; int64 [B, T + max_new_tokens].
 
@@ -222,10 +221,19 @@ class GPT(nn.Module):
             temperature: 0 takes the most likely token.
             top_k: keep the k most likely tokens; None or a k over V keeps all.
         """
-        core = self.as_gpt_model() if self._own() is None else _Uncached(self)
-        return generate_tensor(
-            core, idx, max_new_tokens, temperature=temperature, top_k=top_k, use_cache=isinstance(core, GPTModel)
-        )
+        with evaluating(self):
+            core = self._core() if self._own() is None else None
+            model = core or Called(lambda ids: self(ids)[0], idx.device, core_config(self.config))
+            options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "use_cache": core is not None}
+            return generate_tensor(model, idx, max_new_tokens, **options)
+
+    def _core(self) -> GPTModel:
+        """`as_gpt_model`, the same one until a part of it is replaced: its decode engines come with it."""
+        core, made_of, config = _cores.get(self, (None, None, None))
+        if core is None or made_of is None or not made_of.holds() or config != core_config(self.config):
+            core = self.as_gpt_model()
+            _cores[self] = core, Unchanged(self), core_config(self.config)
+        return core
 
     def as_gpt_model(self) -> GPTModel:
         """A GPTModel over this model's own parameters: nothing is copied, so training this one changes both.
@@ -344,17 +352,6 @@ def core_config(config: GPTConfig) -> fastgpt.config.GPTConfig:
     )
 
 
-class _Uncached(nn.Module):
-    """A GPT as fastgpt.inference.generate calls a model, by its own forward alone."""
-
-    def __init__(self, gpt: GPT) -> None:
-        super().__init__()
-        self.gpt, self.config, self.training = gpt, core_config(gpt.config), gpt.training
-
-    def forward(self, idx: Tensor, *, cache: KVCache | None = None, logits_at: Tensor | None = None) -> Tensor:
-        return self.gpt(idx)[0]  # without a cache, the position asked for is always the last
-
-
 class _PackedAttention(layers.MultiHeadAttention):
     """GPTModel's attention over a c_attn that was swapped (LoRA) or hooked, and so has to be called."""
 
@@ -447,3 +444,7 @@ def _take_activation(
         for module in gpt.modules():
             if isinstance(module, MLP) and isinstance(module.gelu, nn.GELU):
                 module.gelu.approximate = APPROXIMATIONS[said]
+
+
+# Beside the models, not in them: a copy or a pickle has none.
+_cores: WeakKeyDictionary[GPT, tuple[GPTModel, Unchanged, fastgpt.config.GPTConfig]] = WeakKeyDictionary()

@@ -1,15 +1,23 @@
-"""What keeps the host out of a decode engine's way: a step and the choice of the next token in a CUDA graph, read in bursts."""
+"""An engine running ahead of the host: a step and the choice of the next token in one CUDA graph, read in bursts.
+
+While the host reads one burst, the next is made. `Ahead` is the driver; a `Loop` is what it has the engine run, a `Reading` the
+tokens on their way.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastgpt.graphs import Graph
-from fastgpt.inference.sampling import Sampler
+from fastgpt.inference.sampling import ByRow, Sampler
+
+if TYPE_CHECKING:
+    from fastgpt.inference.batch import Source
 
 # What a row has in fastgpt_kernels.sampling.Draws, by its place in the batch.
 _ROW_STATE = ("rows", "positions", "ended", "tokens", "seen")
@@ -90,3 +98,39 @@ class Reading:
             self._arrived.synchronize()
         kept = self._host.tolist()
         return [kept[at] for at in self._at]
+
+
+class Ahead:
+    """The driver for greedy and fused draws from an engine that serves all active rows; see fastgpt.inference.generate.
+
+    Args:
+        source: of the logits.
+        sampler: a fused one.
+        burst: tokens of a row between two looks of the host at them.
+        depth: bursts on their way at a time.
+    """
+
+    def __init__(self, source: Source, sampler: Sampler, burst: int, depth: int) -> None:
+        self._source, self._sampler, self._burst, self._depth = source, sampler, burst, depth
+        self._loop: Loop | None = None
+        self._started: deque[Reading] = deque()
+
+    def steps(self, active: list[int], left: int) -> Sequence[tuple[ByRow[int], None]]:
+        """See fastgpt.inference.generate.OneAtATime.steps. Once no more of them can be started, those on their way come first."""
+        source, sampler = self._source, self._sampler
+        if source.first is not None:
+            return [(sampler(source.logits()).tolist(), None)]
+        engine = source.engine
+        if engine is not None and source.serves(active):
+            if self._loop is None:
+                self._loop = engine.loop(sampler, source.cached)
+            left -= sum(reading.count for reading in self._started)
+            while len(self._started) < self._depth and (count := min(self._burst, left, source.room)) > 0:
+                self._started.append(engine.run(self._loop, sampler, count))
+                left -= count
+        if self._started:
+            return [(dict(zip(source.cached, step, strict=True)), None) for step in self._started.popleft().tokens()]
+        if self._loop is not None:  # the sampler goes on where the engine's loop is
+            self._loop.give(sampler, source.cached)
+            self._loop = None
+        return []

@@ -1,24 +1,26 @@
-"""The rows of a generation on their way: prefill, which of them run from the cache, and how their next tokens are made.
+"""Where logits come from: a decode engine, the modules with a KV cache, or the modules without.
 
-A model is known by its `config` and its call alone; where it has a decode engine, that makes the tokens. An engine's finished
-rows stay in its batch, where they cost next to nothing, until half of them have finished: then the others move together.
+A model is known by its `config` and its call alone. Where it has a decode engine, that runs every row whose newest token has a
+position left; else the modules do, from a KV cache. A row that has filled the context leaves the cache: GPT-2's learned positions
+move with every cropped token, so no cached key stays valid, and the last tokens are computed anew for each new one, exactly as
+the uncached loop does. An engine's finished rows stay in its batch, where they cost next to nothing, until half of them have
+finished: then the others move together.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import deque
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from fastgpt.config import GPTConfig
-from fastgpt.inference.ahead import Loop, Reading
 from fastgpt.inference.cache import KVCache
 from fastgpt.inference.engine import Engine
-from fastgpt.inference.sampling import INVALID, Sampler
 
 # Positions of one prefill forward. The activations of a chunk are 16 * width * chunk elements, 25 MB in bf16 at GPT-2 124M,
 # and 1024 rows already fill every GEMM; a longer chunk only raises the peak.
@@ -32,15 +34,30 @@ class LanguageModel(Protocol):
     """What generation needs of a model. `decode_engine(batch_size, positions)`, where it has one, gives an engine, or why not."""
 
     config: GPTConfig
-    training: bool
 
     def __call__(self, idx: Tensor, /, *, cache: KVCache | None = None, logits_at: Tensor | None = None) -> Tensor: ...
 
-    def train(self, mode: bool = True) -> Any: ...
+    def parameters(self) -> Iterator[Tensor]: ...
 
-    def modules(self) -> Iterator[nn.Module]: ...
 
-    def parameters(self) -> Iterator[nn.Parameter]: ...
+class Called:
+    """A callable, ids [B, T] -> logits [B, at least 1, V] of the last positions, as a model without a cache.
+
+    Args:
+        call: the callable.
+        device: of ids and logits.
+        config: where something is to be checked against one.
+    """
+
+    def __init__(self, call: Callable[[Tensor], Tensor], device: torch.device, config: Any = None) -> None:
+        self._call, self._device, self.config = call, device, config
+
+    def __call__(self, idx: Tensor, /, *, cache: KVCache | None = None, logits_at: Tensor | None = None) -> Tensor:
+        return self._call(idx)[:, -1:]  # without a cache, the position asked for is always the last
+
+    def parameters(self) -> Iterator[Tensor]:
+        """What says where, and in which dtype, the model is."""
+        yield torch.empty(0, device=self._device)
 
 
 def prefill(model: LanguageModel, cache: KVCache, prompts: Sequence[Sequence[int]], chunk: int | None = None) -> Tensor:
@@ -69,116 +86,128 @@ def prefill(model: LanguageModel, cache: KVCache, prompts: Sequence[Sequence[int
     return logits
 
 
-class Batch:
-    """What each row has, which run from the cache, which are past the context.
+class Source:
+    """Next-token logits of the rows of a generation.
 
     Args:
-        model: whose tokens they are.
-        prompts: what the rows begin with, at least one token each.
+        model: whose they are.
+        rows: each row's tokens so far, at least one; they grow in the caller's hands.
         max_new_tokens: that a row can get.
+        context: tokens that a row's next one may depend on; a KV cache holds as many of them as the model has positions for.
         use_cache: False recomputes everything for each token.
     """
 
     def __init__(
-        self, model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, use_cache: bool
+        self, model: LanguageModel, rows: list[list[int]], max_new_tokens: int, context: int, use_cache: bool
     ) -> None:
-        self.model, self.context = model, model.config.context_length
+        self.model, self.rows, self.use_cache, self._crop = model, rows, use_cache, context
+        self.context = min(context, model.config.context_length) if use_cache else context
+        self.capacity = min(self.context, max(map(len, rows), default=0) + max_new_tokens)
         self.device = next(iter(model.parameters())).device
-        self.dtype = activation_dtype(model, self.device)
-        self.rows = [list(prompt) for prompt in prompts]
-        self.use_cache = use_cache
-        self.capacity = min(self.context, max(map(len, self.rows)) + max_new_tokens)
         self.cache: KVCache | None = None
         self.cached: list[int] = []  # rows in the cache, in its order
+        self.outside: list[int] = []  # active rows that are not
         self.engine: Engine | None = None  # owns the cache, where the model has one
+        self.first: Tensor | None = None  # the cached prompts' logits [cached, V], until they are asked for
+        self._active: list[int] = []
+        self._at: Tensor | None = None  # `cached` on the device, unless it is all rows
 
-    def logits(self, active: list[int]) -> Tensor:
-        """Next-token logits [B, V] of the active rows; other rows are zeros, so that the draw's shape never changes."""
-        if not self.use_cache:
-            pieces = self.uncached(active)
-        else:
-            inside = self.inside(active)
-            pieces = self._cached(inside) + self.uncached([row for row in active if row not in inside])
-        if len(pieces) == 1 and pieces[0][0] == list(range(len(self.rows))):
-            return pieces[0][1]
-        out = torch.zeros(len(self.rows), self.model.config.vocab_size, device=self.device)
-        for rows, logits in pieces:
-            out[torch.tensor(rows, device=self.device)] = logits.float()
-        return out
-
-    def inside(self, rows: Sequence[int]) -> list[int]:
-        """Those that run from the cache: their newest token still has a position."""
-        return [row for row in rows if len(self.rows[row]) <= self.context]
-
-    def _cached(self, rows: list[int]) -> list[tuple[list[int], Tensor]]:
-        if not rows:
+    def arrange(self, active: list[int]) -> None:
+        """Have in the cache whom of the rows that want tokens it can serve; then `logits` holds for `reach` steps."""
+        inside = [row for row in active if len(self.rows[row]) <= self.context] if self.use_cache else []
+        self._active, kept = active, set(inside)
+        self.outside = [row for row in active if row not in kept]
+        if not inside:
             self.close()
-            return []
-        if self.cache is None:
-            self.cache, self.cached = self._open(len(rows)), rows
-            logits = prefill(self.model, self.cache, [self.rows[row] for row in rows])
+        elif self.cache is None:
+            self.first = prefill(self.model, self._open(inside), [self.rows[row] for row in inside])
             if self.engine is not None:
                 self.engine.begin()
-            return [(rows, logits)]
-        if not self.runs_ahead(rows) and rows != self.cached:
-            self.keep(rows)
-        newest = torch.tensor([self.rows[row][-1] for row in self.cached], device=self.device)
-        if self.engine is not None:
-            return [(self.cached, self.engine.step(newest))]
-        return [(self.cached, self.model(newest[:, None], cache=self.cache)[:, 0])]
+        elif not (self.serves(inside) and self.room > 0) and inside != self.cached:
+            self.keep(inside)
 
-    def runs_ahead(self, rows: list[int]) -> bool:
-        """Whether an engine can go on with the cached rows as they are, of which `rows` still want tokens."""
-        if self.engine is not None and not self.engine.plan.holds():  # a paused stream's caller replaced a parameter
+    def serves(self, rows: Sequence[int]) -> bool:
+        """Whether an engine goes on with its batch as it is, of which `rows` still want tokens."""
+        return self.engine is not None and 2 * len(rows) > len(self.cached) and set(rows) <= set(self.cached)
+
+    @property
+    def room(self) -> int:
+        """Steps that every cached row has positions for; an engine may have more of them than the context."""
+        return 0 if self.cache is None else min(self.cache.max_length, self.context) - self.cache.longest
+
+    def reach(self, active: list[int]) -> int:
+        """Steps of these rows before something has to be arranged anew."""
+        if active != self._active:
+            return 0
+        most = self.room + (self.first is not None) if self.cached else 1
+        return min(most, 1) if self.outside else most
+
+    def look(self) -> None:
+        """See whether a parameter was replaced while the caller had control: then the modules go on."""
+        if self.engine is not None and not self.engine.plan.holds():
             self.engine = None
-        many = 2 * len(rows) > len(self.cached) and set(rows) <= set(self.cached)
-        return self.engine is not None and many and self.engine.room > 0
 
-    def ahead(self, chosen: Tensor) -> Tensor:
-        """`logits` again, by the engine, after tokens [B] that are on the device still and that no row has got yet."""
-        assert self.engine is not None
-        if len(self.cached) == len(self.rows):
-            return self.engine.step(chosen)
-        at = torch.tensor(self.cached, device=self.device)
-        out = torch.zeros(len(self.rows), self.model.config.vocab_size, device=self.device)
-        out[at] = self.engine.step(chosen[at]).float()
+    def logits(self, newest: Tensor | None = None) -> Tensor:
+        """[B, V] of the rows arranged for; others are whatever, so that the draw's shape never changes.
+
+        newest: each row's newest token, int64 [B] on the device; None takes them from the host.
+        """
+        pieces = [(self.cached, self._cached(newest))] if self.cached else []
+        pieces += self.uncached(self.outside)
+        if len(pieces) == 1 and len(pieces[0][0]) == len(self.rows):
+            return pieces[0][1]
+        out = torch.zeros(len(self.rows), pieces[0][1].shape[-1], device=self.device)
+        for rows, logits in pieces:
+            at = self._at if rows is self.cached else torch.tensor(rows, device=self.device)
+            out[at] = logits.float()
         return out
 
-    def _open(self, rows: int) -> KVCache:
-        """A cache for `rows` rows: an engine's, or one of its own."""
+    def _cached(self, newest: Tensor | None) -> Tensor:
+        if self.first is not None:
+            logits, self.first = self.first, None
+            return logits
+        if newest is None:
+            newest = torch.tensor([self.rows[row][-1] for row in self.cached], device=self.device)
+        elif self._at is not None:
+            newest = newest[self._at]
+        if self.engine is not None:
+            return self.engine.step(newest)
+        return self.model(newest.clamp(min=0)[:, None], cache=self.cache)[:, 0]  # an unusable row's newest token is -1
+
+    def _open(self, rows: list[int]) -> KVCache:
+        """An empty cache for these rows: an engine's, or one of its own."""
         find = getattr(self.model, "decode_engine", None)
-        engine = "this model has none" if find is None else find(rows, self.capacity)
+        engine = "this model has none" if find is None else find(len(rows), self.capacity)
         if isinstance(engine, str):
-            self.engine = None
-            return KVCache(self.model.config, rows, self.capacity, self.dtype, self.device)
-        self.engine = engine
-        return engine.cache
+            self.engine, dtype = None, activation_dtype(self.model, self.device)
+            self.cache = KVCache(self.model.config, len(rows), self.capacity, dtype, self.device)
+        else:
+            self.engine, self.cache = engine, engine.cache
+        self.cached = rows
+        self._at = None if len(rows) == len(self.rows) else torch.tensor(rows, device=self.device)
+        return self.cache
 
     def keep(self, rows: list[int]) -> None:
-        """Finished rows leave the batch."""
-        assert self.cache is not None
+        """Finished rows leave the cache."""
         kept, old, engine = [self.cached.index(row) for row in rows], self.cache, self.engine
-        if engine is None:
-            self.cache = old.select(kept)
-        else:
-            self.cache = self._open(len(rows))
-            self.cache.take(old, kept)
-            if self.engine is not None:
-                self.engine.begin()
+        assert old is not None
+        self._open(rows).take(old, kept)
+        if self.engine is not None:
+            self.engine.begin()
+        if engine is not None:
             engine.release()
-        self.cached = rows
 
     def close(self) -> None:
         """Give the engine back."""
         if self.engine is not None:
             self.engine.release()
-        self.cache, self.cached, self.engine = None, [], None
+        self.cache, self.cached, self.engine, self.first = None, [], None, None
 
     def uncached(self, rows: list[int]) -> list[tuple[list[int], Tensor]]:
-        """One forward per distinct length over the last `context` tokens of each row."""
+        """One forward per distinct length over the last tokens of each row: (rows, logits [rows, V])."""
         by_length: dict[int, list[int]] = {}
         for row in rows:
-            by_length.setdefault(min(len(self.rows[row]), self.context), []).append(row)
+            by_length.setdefault(min(len(self.rows[row]), self._crop), []).append(row)
         pieces = []
         for length, group in by_length.items():
             idx = torch.tensor([self.rows[row][-length:] for row in group], device=self.device)
@@ -187,91 +216,37 @@ class Batch:
         return pieces
 
 
-class Stepper:
-    """Makes the next tokens of a batch's rows.
+class _Users:
+    """How many calls have a model in eval mode, and its modules' own modes."""
 
-    An engine draws greedy and fused tokens by itself: while the host reads one burst of them, the next is made. Otherwise torch
-    draws from the logits of each step, an engine's still without waiting in between.
+    def __init__(self, model: nn.Module) -> None:
+        self.count, self.modes = 0, [(module, module.training) for module in model.modules()]
 
-    Args:
-        batch: the rows.
-        sampler: which chooses for all of them.
-        logprobs: also tell each token's log-probability.
-        burst: tokens of a row between two looks of the host at them.
-        ahead: whether to have a burst made while another is looked at.
-    """
 
-    def __init__(self, batch: Batch, sampler: Sampler, logprobs: bool, burst: int, ahead: bool) -> None:
-        self._batch, self._sampler, self._logprobs = batch, sampler, logprobs
-        self._burst, self._depth = burst, 2 if ahead else 1
-        self._loop: Loop | None = None
-        self._started: deque[Reading] = deque()
-
-    def steps(self, active: list[int], left: int) -> tuple[list[list[int]], list[list[float]] | list[None]]:
-        """The next tokens, and their log-probabilities, of the active rows: at least one step of the `left` that are wanted.
-
-        A step has an entry for each row of the batch; other rows' say nothing.
-        """
-        batch, sampler = self._batch, self._sampler
-        alone = sampler.kernels is not None and not self._logprobs
-        if alone and batch.engine is not None and not self._started and not batch.runs_ahead(active):
-            self._stop()
-            if batch.inside(active) == active:
-                batch.keep(active)
-        if alone and batch.runs_ahead(active):
-            engine = batch.engine
-            assert engine is not None
-            if self._loop is None:
-                self._loop = engine.loop(sampler, batch.cached)
-            left -= sum(reading.count for reading in self._started)
-            while len(self._started) < self._depth and (count := min(self._burst, left, engine.room)) > 0:
-                self._started.append(engine.run(self._loop, sampler, count))
-                left -= count
-        if self._started:
-            tokens = self._started.popleft().tokens()
-            return [self._of_all(step) for step in tokens], [None] * len(tokens)
-        self._stop()
-        return self._drawn(active, 1 if alone else min(self._burst, left))
-
-    def _stop(self) -> None:
-        """The sampler goes on where the engine's loop is."""
-        if self._loop is not None:
-            self._loop.give(self._sampler, self._batch.cached)
-            self._loop = None
-
-    def _drawn(self, active: list[int], most: int) -> tuple[list[list[int]], list[list[float]] | list[None]]:
-        """Steps whose tokens the sampler draws from logits; more than one where an engine makes those."""
-        batch, drawn, scores = self._batch, list[Tensor](), list[Tensor]()
-        logits = batch.logits(active)
-        if most > 1:
-            most = min(most, 1 + batch.engine.room) if batch.runs_ahead(active) and batch.engine is not None else 1
-        for step in range(most):
-            if step:
-                logits = batch.ahead(drawn[-1])
-            drawn.append(self._sampler(logits))
-            if self._logprobs:
-                all_scores = torch.log_softmax(logits.float(), dim=-1)
-                scores.append(all_scores.gather(1, drawn[-1].clamp(min=0)[:, None])[:, 0])
-        return torch.stack(drawn).tolist(), torch.stack(scores).tolist() if scores else [None] * len(drawn)
-
-    def _of_all(self, step: list[int]) -> list[int]:
-        tokens = [INVALID] * len(self._batch.rows)
-        for row, token in zip(self._batch.cached, step, strict=True):
-            tokens[row] = token
-        return tokens
+_users: WeakKeyDictionary[nn.Module, _Users] = WeakKeyDictionary()
+_users_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def evaluating(model: LanguageModel | nn.Module) -> Iterator[None]:
-    """Eval mode inside, each module's own mode again outside; entered anew each step, so that a paused stream leaves no trace."""
-    modes = [(module, module.training) for module in model.modules()] if model.training else []
-    if modes:
-        model.train(False)
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, and each module's own mode again when the last of all threads that are inside has left."""
+    with _users_lock:
+        users = _users.get(model)
+        if users is None and model.training:
+            users = _users[model] = _Users(model)
+            model.train(False)
+        if users is not None:
+            users.count += 1
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        with _users_lock:
+            if users is not None:
+                users.count -= 1
+                if users.count == 0:
+                    del _users[model]
+                    for module, mode in users.modes:
+                        module.training = mode
 
 
 def activation_dtype(model: LanguageModel | nn.Module, device: torch.device) -> torch.dtype:

@@ -10,13 +10,16 @@ The "fused" sampler makes the same choice in kernels on a GPU, with draws of its
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+
+_T = TypeVar("_T")
+ByRow: TypeAlias = Sequence[_T] | Mapping[int, _T]  # what is asked for by a row's number
 
 INVALID = -1  # the token of a row that has NaN, +Inf or nothing but -Inf logits
 
@@ -54,6 +57,9 @@ class SamplingParams:
                 raise ValueError(f"{name} must be None or a number from 0 to 1, got {value}")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0):
             raise ValueError(f"repetition_penalty must be a number over 0, got {self.repetition_penalty}")
+
+
+GREEDY = SamplingParams()
 
 
 def sample(
@@ -130,6 +136,7 @@ class Sampler:
         self.params, self.kernels = params, kernels
         self.draws: Any = None  # fastgpt_kernels.sampling.Draws of all rows
         self.count = 0  # of tokens chosen for each row
+        self.newest: Tensor | None = None  # int64 [B] on the device, once there are some
         self._generator = generator
         self._seen: Tensor | None = None
         B = len(prompts)
@@ -159,8 +166,9 @@ class Sampler:
         """logits [B, V] -> int64 [B], INVALID where a row's logits are not usable; rows that have ended count as well."""
         self.count += 1
         if self.kernels is not None:
-            return self.kernels.draw_tokens(logits, self.draws, *astuple(self.params)).clone()
-        chosen = sample(logits, self.params, self._seen, self._generator)
+            self.newest = self.kernels.draw_tokens(logits, self.draws, *astuple(self.params))
+            return self.newest.clone()
+        self.newest = chosen = sample(logits, self.params, self._seen, self._generator)
         if self._seen is not None:
             self._seen.scatter_(1, chosen.clamp(min=0)[:, None], True)
         return chosen

@@ -19,36 +19,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastgpt.inference.batch import Batch
-from fastgpt.inference.sampling import INVALID, SamplingParams, sample
+from fastgpt.inference.sampling import GREEDY, INVALID, ByRow, SamplingParams, sample
+
+if TYPE_CHECKING:
+    from fastgpt.inference.batch import Source
+    from fastgpt.inference.generate import Request
 
 NGRAMS = (3, 2, 1)  # tokens that must match, the longest first
-
-GREEDY = SamplingParams()
-
-
-class Request(Protocol):
-    """What a generation was asked for, of what matters here; see fastgpt.inference.generate."""
-
-    @property
-    def max_new_tokens(self) -> int: ...
-
-    @property
-    def stop_tokens(self) -> frozenset[int]: ...
-
-    @property
-    def overflow(self) -> str: ...
-
-    @property
-    def lookup(self) -> int: ...
-
-    @property
-    def logprobs(self) -> bool: ...
 
 
 def check_lookup(lookup: int, params: SamplingParams, use_cache: bool) -> None:
@@ -92,71 +74,66 @@ class History:
         return []
 
 
-class Lookahead:
-    """Greedy tokens for a batch whose rows run ahead of each other, each as far as its proposals hold.
+class Lookup:
+    """The driver for greedy tokens whose rows run ahead of each other, each as far as its proposals hold.
 
     Args:
-        batch: the rows at their prompts, this object's alone; its rows grow as they run ahead.
+        source: of the logits, this object's alone; its rows grow as they run ahead.
         active: the rows that want tokens.
         request: what they want.
     """
 
-    def __init__(self, batch: Batch, active: Sequence[int], request: Request) -> None:
-        self.batch, self._request = batch, request
+    def __init__(self, source: Source, active: list[int], request: Request) -> None:
+        self._source, self._request = source, request
         self._left = dict.fromkeys(active, request.max_new_tokens)
-        self._history = {row: History(batch.rows[row]) for row in active}
+        self._history = {row: History(source.rows[row]) for row in active}
         self._ready: dict[int, deque[tuple[int, float]]] = {row: deque() for row in active}
         for row in active:
-            batch.rows[row] = self._history[row].tokens
+            source.rows[row] = self._history[row].tokens
 
-    def steps(self, active: list[int]) -> tuple[list[list[int]], list[list[float]] | list[None]]:
-        """The next tokens, and their log-probabilities, of the active rows: as many steps as all of them have, at least one.
-
-        A step has an entry for each row of the batch; other rows' say nothing.
-        """
+    def steps(self, active: list[int], left: int) -> Sequence[tuple[ByRow[int], ByRow[float] | None]]:
+        """See fastgpt.inference.generate.OneAtATime.steps: as many as all of the active rows have."""
         while not all(self._ready[row] for row in active):
             self._forward()
-        tokens, scores = [], []
+        made = []
         for _ in range(min(len(self._ready[row]) for row in active)):
-            step, step_scores = [INVALID] * len(self.batch.rows), [0.0] * len(self.batch.rows)
-            for row in active:
-                step[row], step_scores[row] = self._ready[row].popleft()
-            tokens.append(step)
-            scores.append(step_scores)
-        return tokens, scores if self._request.logprobs else [None] * len(tokens)
+            step = {row: self._ready[row].popleft() for row in active}
+            scores = {row: score for row, (_, score) in step.items()} if self._request.logprobs else None
+            made.append(({row: token for row, (token, _) in step.items()}, scores))
+        return made
 
     def _forward(self) -> None:
         """At least one more token for every row that has none ready."""
-        batch = self.batch
+        source = self._source
         going = [row for row, left in self._left.items() if left]
-        inside = [row for row in going if len(batch.rows[row]) <= batch.context]
+        source.arrange(going)
+        inside = [row for row in going if row not in source.outside]
         proposals: dict[int, list[int]] = {}
-        if batch.cache is not None and inside:
-            room = min(batch.capacity - max(len(batch.rows[row]) for row in inside), self._request.lookup)
+        if inside and source.first is None:
+            room = min(source.capacity - max(len(source.rows[row]) for row in inside), self._request.lookup)
             proposals = {row: self._history[row].proposals(min(room, self._left[row] - 1)) for row in inside}
         if any(proposals.values()):
             self._verify(proposals)
-            outside = [row for row in going if row not in inside and not self._ready[row]]
-            for rows, logits in batch.uncached(outside):
+            for rows, logits in source.uncached([row for row in source.outside if not self._ready[row]]):
                 self._choose(rows, logits[:, None], [[]] * len(rows))
         else:
-            if batch.engine is not None:
-                batch.engine.begin()
-            logits = batch.logits(going)
-            self._choose(going, logits[torch.tensor(going, device=batch.device), None], [[]] * len(going))
+            if source.engine is not None:
+                source.engine.begin()
+            logits = source.logits()
+            self._choose(going, logits[torch.tensor(going, device=source.device), None], [[]] * len(going))
 
     def _verify(self, proposals: dict[int, list[int]]) -> None:
         """One forward of each row's newest token and its proposals."""
-        batch, rows = self.batch, list(proposals)
-        if rows != batch.cached:
-            batch.keep(rows)
-        assert batch.cache is not None
+        source, rows = self._source, list(proposals)
+        if rows != source.cached:
+            source.keep(rows)
+        assert source.cache is not None
         width = 1 + max(map(len, proposals.values()))
         # A shorter row is padded with tokens of its own, so that no other embedding enters its keys.
-        padded = [[batch.rows[row][-1], *proposals[row], *batch.rows[row][-1:] * width][:width] for row in rows]
-        logits = batch.model(torch.tensor(padded, device=batch.device), cache=batch.cache)
+        padded = [[source.rows[row][-1], *proposals[row], *source.rows[row][-1:] * width][:width] for row in rows]
+        logits = source.model(torch.tensor(padded, device=source.device), cache=source.cache)
         self._choose(rows, logits, [proposals[row] for row in rows])
-        batch.cache.truncate([len(batch.rows[row]) - 1 for row in rows])  # the newest token is still to come
+        source.cache.truncate([len(source.rows[row]) - 1 for row in rows])  # the newest token is still to come
 
     def _choose(self, rows: list[int], logits: Tensor, proposals: list[list[int]]) -> None:
         """Give each row the model's choices from logits [rows, T, V], as far as its proposals were those."""
@@ -175,6 +152,5 @@ class Lookahead:
         history.append(token)
         self._ready[row].append((token, score))
         self._left[row] -= 1
-        full = request.overflow == "stop" and len(history.tokens) >= self.batch.context
-        if full or token == INVALID or token in request.stop_tokens:
+        if token == INVALID or request.end(token, len(history.tokens)):
             self._left[row] = 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_models import IDS, read, same_bits, sharp, theirs, write
+from checkpoint_models import IDS, close, read, same_bits, sharp, theirs, write
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model
 
@@ -247,7 +247,7 @@ def test_padding_rows_are_left_out_and_come_back_as_zeros(tmp_path):
         assert not padded[101:].any()
     config["fastgpt"]["vocab_multiple"] = 1
     plain = GPTModel.from_pretrained(write(tmp_path, file, config))
-    assert torch.equal(plain(IDS), loaded(IDS))
+    close(plain(IDS), loaded(IDS))  # a product of another shape may be summed in another order
 
 
 def test_overwriting_the_file_leaves_a_loaded_model_alone(tmp_path):
@@ -324,7 +324,7 @@ def test_dropout_may_be_edited_in_config_json(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = GPTModel.from_pretrained(tmp_path)
     assert (loaded.config.drop_rate, loaded.config.attn_drop_rate) == (0.25, 0.5)
-    assert torch.equal(loaded(IDS), sharp()(IDS))
+    close(loaded(IDS), sharp()(IDS))
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])

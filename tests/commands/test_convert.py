@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,14 @@ def fails(capsys: pytest.CaptureFixture[str], directory: Path, *arguments: Any) 
     return capsys.readouterr().err
 
 
+def assert_same_logits(said: str) -> None:
+    """The command found the same logits but for roundings: a padded vocabulary is a product of another shape."""
+    assert "read back: weights bit for bit, logits" in said
+    if "identical (difference 0)" not in said:
+        difference, largest = re.search(r"differ by up to (\S+) \(the largest is (\S+)\)", said).groups()
+        assert float(difference) < 1e-5 * float(largest)
+
+
 FLAGS = {"hf": [], "pickle": ["--pickle"], "shards": ["--max-shard-bytes", "20000"]}
 # What a chain of formats can all say, beside the model that is tied.
 CHAINS = [
@@ -57,7 +66,7 @@ def test_round_trips_change_no_bit(chain, changes, dtype, tmp_path, capsys):
         target = tmp_path / f"{i}-{step}"
         to, flags = ("hf", FLAGS[step]) if step in FLAGS else (step, [])
         assert run(source, target, to, "--allow-pickle", *flags) == 0
-        assert "read back: weights bit for bit, logits identical (difference 0)" in capsys.readouterr().out
+        assert_same_logits(capsys.readouterr().out)
         source = target
     loaded = load(source, allow_pickle=True)
     extra = {name: loaded.tensors[name] for name in set(loaded.tensors) - set(start)}
@@ -69,7 +78,7 @@ def test_round_trips_change_no_bit(chain, changes, dtype, tmp_path, capsys):
         missing, unexpected = expected.load_state_dict(wide, strict=False)
         assert set(missing) <= {"out_head.weight"}
         assert not unexpected
-        assert torch.equal(GPTModel.from_pretrained(source, allow_pickle=True)(IDS), expected(IDS))
+        close(GPTModel.from_pretrained(source, allow_pickle=True)(IDS), expected(IDS))
 
 
 @torch.no_grad()
@@ -80,7 +89,7 @@ def test_what_is_written_for_transformers_is_read_by_it(tmp_path, capsys):
     model, info = GPT2LMHeadModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert bits(dict(model.transformer.state_dict())) == bits(dict(theirs.transformer.state_dict()))
-    assert torch.equal(model.eval()(IDS).logits, theirs(IDS).logits)
+    close(model.eval()(IDS).logits, theirs(IDS).logits)
     out = capsys.readouterr().out
     assert "(openai) ->" in out
     assert "left behind: global_step" in out
@@ -102,7 +111,7 @@ def test_a_dtype_that_holds_less_is_said_with_its_difference(tmp_path, capsys):
     assert 0.2 < said / float(difference) < 5  # on other ids
     assert "parameters in bfloat16" in out
     assert run(tmp_path / "b.bin", tmp_path / "c", "hf", "--dtype", "float64") == 0
-    assert "difference 0" in capsys.readouterr().out
+    assert_same_logits(capsys.readouterr().out)
 
 
 def test_the_books_copy_of_gpt2_is_tied_again(tmp_path, capsys):
@@ -184,7 +193,7 @@ def test_weights_that_are_not_numbers_are_refused(value, tmp_path, capsys):
     assert "trf_blocks.1.ff.layers.0.weight: 2 of 4,096" in said
     assert "final_norm.shift: 1 of 32" in said
     assert run(tmp_path / "a", tmp_path / "b", "llmc", "--allow-nonfinite") == 0
-    assert "difference 0" in capsys.readouterr().out
+    assert_same_logits(capsys.readouterr().out)
     assert bits(load(tmp_path / "b").tensors) == bits(rows(model))
 
 
@@ -247,6 +256,6 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, capsys, monkeypatch):
 
 def test_the_bundled_model_converts(tmp_path, capsys):
     assert run("bundled", tmp_path / "b", "llms-from-scratch") == 0
-    assert "difference 0" in capsys.readouterr().out
+    assert_same_logits(capsys.readouterr().out)
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     assert config["n_layers"] == config["fastgpt"]["n_layers"] == 4

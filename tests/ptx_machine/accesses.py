@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,11 @@ class Accesses(Operands):
             "generic",
         )
 
+    def memory(self, space: str) -> Callable[[], Any]:
+        """That of the launch, asked for anew."""
+        b = self.b
+        return {"shared": lambda: b.shared, "local": lambda: b.local}.get(space, lambda: b.memory)
+
     def op_ld(self, ins):
         space, type_ = self.space(ins), self.type_of(ins)
         to = ins.operands[0].items if isinstance(ins.operands[0], Vector) else (ins.operands[0],)
@@ -35,12 +41,12 @@ class Accesses(Operands):
         dtype, size = DTYPES[type_], SIZES[type_] * len(to)
         where = ins.operands[1]
         if space == "param":
-            data = self.b.launch.parameters[where.base.name][where.offset : where.offset + size]
-            values = np.frombuffer(data, dtype)
-            return self.copies(list(zip(targets, values, strict=True)))
+            values = np.zeros(len(to), dtype)
+            self.b.parameters.append((values, where.base.name, where.offset))
+            return self.copies([(target, values[i : i + 1]) for i, target in enumerate(targets)])
         if space not in ("global", "shared", "const", "local"):
             raise PtxError(f"{space} memory")
-        b, memory = self.b, {"shared": self.b.shared, "local": self.b.local}.get(space, self.b.memory)
+        b, memory = self.b, self.memory(space)
         address = self.address(where, "u32" if space in ("shared", "local") and self._narrow(where) else "u64")
         if space == "global" and {"acquire", "relaxed", "volatile"} & set(ins.mods):
             return self.synchronising(ins, address, targets, [], dtype, "acquire" in ins.mods)
@@ -53,7 +59,7 @@ class Accesses(Operands):
             at = address() if lanes is None else address()[lanes]
             for piece in range(pieces):
                 offset = at if piece == 0 else at + at.dtype.type(piece * part)
-                raw = memory.load(b, ins, offset, part, lanes).view(dtype).reshape(-1, per)
+                raw = memory().load(b, ins, offset, part, lanes).view(dtype).reshape(-1, per)
                 for i in range(per):
                     to = targets[piece * per + i]
                     if to is None:
@@ -79,7 +85,7 @@ class Accesses(Operands):
         sources = [self.source(v, type_) for v in items]
         if space not in ("global", "shared", "local"):
             raise PtxError(f"{space} memory")
-        b, memory = self.b, {"shared": self.b.shared, "local": self.b.local}.get(space, self.b.memory)
+        b, memory = self.b, self.memory(space)
         address = self.address(where, "u32" if space in ("shared", "local") and self._narrow(where) else "u64")
         if space == "global" and {"release", "relaxed", "volatile"} & set(ins.mods):
             return self.synchronising(ins, address, [], sources, dtype, "release" in ins.mods)
@@ -96,7 +102,7 @@ class Accesses(Operands):
                     s = sources[piece * per + i]
                     values[:, i] = s if lanes is None or not isinstance(s, np.ndarray) else s[lanes]
                 offset = at if piece == 0 else at + at.dtype.type(piece * part)
-                memory.store(b, ins, offset, values.view(raw).reshape(-1), lanes)
+                memory().store(b, ins, offset, values.view(raw).reshape(-1), lanes)
 
         return (lambda: store(None)), (lambda mask: store(np.flatnonzero(mask)))
 

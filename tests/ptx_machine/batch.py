@@ -29,31 +29,46 @@ class MachineError(Exception):
 class Batch:
     """Some CTAs of a launch, from first_cta on, and their state."""
 
-    def __init__(self, launch: Launch, first_cta: int, ctas: int) -> None:
-        self.launch, self.first_cta, self.ctas = launch, first_cta, ctas
-        self.kernel, self.report, self.memory = launch.kernel, launch.report, launch.memory
-        self.threads = launch.threads
+    def __init__(self, launch: Launch, ctas: int) -> None:
+        """Decoded for launches of this kernel and grid; `begin` tells which, and where in its grid."""
+        self.launch, self.kernel, self.ctas, self.threads = launch, launch.kernel, ctas, launch.threads
         self.lanes = ctas * self.threads
         self.warps = -(-self.threads // 32)
         if self.threads % 32 or self.threads > 1024:
             raise PtxError(f"{self.threads} threads: a CTA has whole warps, and 1024 threads at most")
         self.lane_cta = np.repeat(np.arange(ctas), self.threads)
         self.lane_warp = np.tile(np.repeat(np.arange(self.warps), 32), ctas)
-        self.all_threads = first_cta * self.threads + np.arange(self.lanes)
-        self.barrier_time = np.zeros(ctas, np.int64)
-        self.lane_barrier = self.barrier_time[self.lane_cta]
         self.groups_committed = np.zeros(self.lanes, np.int64)
-        self.shared = SharedMemory(ctas, launch.shared_size, self.warps, self.report, launch.races, launch.poison)
-        self.local = LocalMemory(self.lanes, sum(size for _, size in self.kernel.local.values()))
-        words = {kind: np.dtype(bool if kind == "pred" else f"u{SIZES[kind]}") for kind in SIZES if SIZES[kind] <= 8}
-        self.registers = {name: np.zeros(self.lanes, words[kind]) for name, kind in self.kernel.registers.items()}
-        self.waited = np.zeros(self.lanes, bool)  # for the grids before: griddepcontrol.wait
-        self.spun = False
         self.products_committed = np.zeros(self.lanes // 32, np.int64)
         self.boxes_committed = np.zeros(self.lanes, np.int64)
-        self.mbarriers: dict[tuple[int, int], Any] = {}
+        self.waited = np.zeros(self.lanes, bool)  # for the grids before: griddepcontrol.wait
+        words = {kind: np.dtype(bool if kind == "pred" else f"u{SIZES[kind]}") for kind in SIZES if SIZES[kind] <= 8}
+        self.registers = {name: np.zeros(self.lanes, words[kind]) for name, kind in self.kernel.registers.items()}
+        # What decoded steps read that differs by launch: (array, axis of %ctaid), (array, parameter, offset in bytes).
+        self.indices: list[tuple[np.ndarray, int]] = []
+        self.parameters: list[tuple[np.ndarray, str, int]] = []
+        self.bytes = sum(array.nbytes for array in self.registers.values())
         self.steps = Decoder(self).steps()
         self._cut()
+
+    def begin(self, launch: Launch, first_cta: int) -> None:
+        self.launch, self.first_cta = launch, first_cta
+        self.report, self.memory = launch.report, launch.memory
+        self.all_threads = first_cta * self.threads + np.arange(self.lanes)
+        self.barrier_time = np.zeros(self.ctas, np.int64)
+        self.lane_barrier = self.barrier_time[self.lane_cta]
+        self.shared = SharedMemory(self.ctas, launch.shared_size, self.warps, self.report, launch.races, launch.poison)
+        self.local = LocalMemory(self.lanes, sum(size for _, size in self.kernel.local.values()))
+        for array in (self.groups_committed, self.products_committed, self.boxes_committed, self.waited):
+            array.fill(0)
+        for array in self.registers.values():
+            array.fill(0)
+        for array, axis in self.indices:
+            array[...] = launch.cta_index(first_cta + self.lane_cta)[axis]
+        for array, name, offset in self.parameters:
+            array[...] = np.frombuffer(launch.parameters[name], array.dtype, len(array), offset)
+        self.spun = False
+        self.mbarriers: dict[tuple[int, int], Any] = {}
 
     # What the memories ask about lanes; None is all of them.
 

@@ -51,8 +51,8 @@ class Decoder(Arithmetic, Bits, Conversions, Accesses, Warps):
                 raise PtxError("only barriers of all threads")
             return Step(None, None, "barrier", ins.operands[0].bits, predicate)
         if ins.name == "fence" and "proxy" in ins.mods and "async" in [m.split("::")[0] for m in ins.mods]:
-            shared = self.b.shared
-            full, masked = (lambda: shared.fence(self.b, None)), (lambda mask: shared.fence(self.b, mask))
+            b = self.b
+            full, masked = (lambda: b.shared.fence(b, None)), (lambda mask: b.shared.fence(b, mask))
         elif ins.name in _IGNORED or (ins.name == "bar" and "warp" in ins.mods):
             full, masked = (lambda: None), (lambda mask: None)
         else:

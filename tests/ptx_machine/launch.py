@@ -16,6 +16,8 @@ from .report import Report
 
 _LANES = 8192  # threads of a batch, about: registers of this many stay in the cache
 _ORDERED = 2048  # CTAs whose orders by atomics are followed
+_KEPT = 1 << 28  # bytes of registers of decoded batches that are kept
+_decoded: dict[tuple, Batch] = {}  # with the kernel, which keeps its id from meaning another
 
 
 class Launch:
@@ -46,9 +48,7 @@ class Launch:
         self.lanes, self.poison, self.dependent = lanes, poison, dependent
         self.clock, self.steps = 1, 0
         self.deadline = None if seconds is None else time.monotonic() + seconds
-        atomics = [i for i in kernel.instructions if i.name in ("atom", "red", "ld", "st")]
-        ordering = {"release", "acquire", "acq_rel"}
-        self.synchronises = any(ordering & set(i.mods) for i in atomics)
+        self.synchronises = kernel.synchronises
         self.whole = cooperative  # CTAs that wait for each other must run together
         if len(arguments) != len(kernel.params):
             raise PtxError(f"{kernel.name}: {len(arguments)} arguments for {len(kernel.params)} parameters")
@@ -57,14 +57,13 @@ class Launch:
         # addresses that no memory has
         self.map_addresses = {name: 2**60 + 1024 * i for i, name in enumerate(tensor_maps or {})}
         self.tensor_maps = {self.map_addresses[name]: tensor for name, tensor in (tensor_maps or {}).items()}
-        self._kept = []
         for name, data in kernel.variables.items():
-            array = np.frombuffer(data, np.uint8).copy()
-            self._kept.append(array)
+            array = kernel.arrays.setdefault(name, np.empty(len(data), np.uint8))  # where decoded steps look for it
+            array[:] = np.frombuffer(data, np.uint8)
             self.variables[name] = array.ctypes.data
             memory.add(Allocation(array.ctypes.data, len(array), name))
 
-    def cta_index(self, cta: int) -> tuple[int, int, int]:
+    def cta_index(self, cta: Any) -> tuple[Any, Any, Any]:
         x, y, _ = self.grid
         return cta % x, cta // x % y, cta // (x * y)
 
@@ -75,8 +74,17 @@ class Launch:
         size = ctas if self.whole else max(1, min(ctas, self.lanes // self.threads))
         batches = -(-ctas // size)
         size = -(-ctas // batches)
-        batch: Any = None
         with np.errstate(all="ignore"):
             for first in range(0, ctas, size):
-                batch = Batch(self, first, min(size, ctas - first))
+                batch = self._batch(min(size, ctas - first))
+                batch.begin(self, first)
                 batch.run()
+
+    def _batch(self, ctas: int) -> Batch:
+        """One that was decoded for an earlier launch, where there is one."""
+        key = id(self.kernel), self.grid, self.threads, ctas
+        batch = _decoded.pop(key, None) or Batch(self, ctas)
+        _decoded[key] = batch  # the newest is the last
+        while len(_decoded) > 1 and sum(b.bytes for b in _decoded.values()) > _KEPT:
+            del _decoded[next(iter(_decoded))]
+        return batch

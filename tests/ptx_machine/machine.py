@@ -68,7 +68,7 @@ def _stop_at_ptx(*stage: Any) -> tuple[str, str] | None:
     return None
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _parsed(text: str) -> Kernel:
     return parse(text)
 

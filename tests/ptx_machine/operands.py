@@ -95,9 +95,9 @@ class Operands:
         if special == "%ntid":
             return dtype.type(b.threads if axis_index == 0 else 1)
         if special == "%ctaid":
-            x, y, _ = b.launch.grid
-            cta = b.first_cta + b.lane_cta
-            return (cta % x, cta // x % y, cta // (x * y))[axis_index].astype(dtype)
+            array = np.zeros(b.lanes, dtype)
+            b.indices.append((array, axis_index))
+            return array
         if special == "%nctaid":
             return dtype.type(b.launch.grid[axis_index])
         if special == "%laneid":
@@ -152,7 +152,7 @@ class Operands:
         return full, masked
 
     def type_of(self, ins: Instruction) -> str:
-        return next(m for m in reversed(ins.mods) if m in SIZES)
+        return ins.type
 
     @staticmethod
     def copies(pairs: list[tuple[np.ndarray, Any]]):

@@ -7,6 +7,7 @@ nested `{ }` scopes of inline assembly, `.loc` and `.file`. What isn't understoo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import struct
 from typing import Any
@@ -67,9 +68,10 @@ class Instruction:
     source: str  # file:line of the Triton program, where known
     index: int = -1
 
-    @property
-    def opcode(self) -> str:
-        return ".".join((self.name, *self.mods))
+    @functools.cached_property
+    def type(self) -> str:
+        """The last of its types."""
+        return next(m for m in reversed(self.mods) if m in SIZES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,13 @@ class Kernel:
     instructions: list[Instruction]
     labels: dict[str, int]
     threads: int
-    text: str
+    arrays: dict[str, Any] = dataclasses.field(default_factory=dict)  # memory of the variables
+
+    @functools.cached_property
+    def synchronises(self) -> bool:
+        """Whether atomics order memory."""
+        orders = {"release", "acquire", "acq_rel"}
+        return any(i.name in ("atom", "red", "ld", "st") and orders & set(i.mods) for i in self.instructions)
 
 
 SIZES = {f"{kind}{8 * size}": size for kind in "bus" for size in (1, 2, 4, 8)}
@@ -281,7 +289,6 @@ class _Parser:
             self.instructions,
             self.labels,
             threads,
-            self.text,
         )
 
     def body(self, start: int, line: int) -> None:

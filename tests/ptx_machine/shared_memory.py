@@ -230,7 +230,7 @@ class SharedMemory:
                     f"shared byte {self.byte(index[i]):#x} read asynchronously, written by warp "
                     f"{self.write[index[i]] & 63} without fence.proxy.async since",
                 )
-            np.add.at(self.busy, index, 1)
+            self.busy[index] += 1  # what an operation names twice counts once, here and in `finish`
             self.readings[kind].append(Reading(index, warp, who, group))
 
     def fence(self, m: Any, mask: np.ndarray | None) -> None:
@@ -247,7 +247,7 @@ class SharedMemory:
         rest = []
         for reading in self.readings[kind]:
             if done(reading):
-                np.add.at(self.busy, reading.granules, -1)
+                self.busy[reading.granules] -= 1
                 self.read[reading.warp, reading.granules] = m.clock
             else:
                 rest.append(reading)

@@ -9,6 +9,7 @@ import pytest
 import safetensors
 import torch
 import torch.nn.functional as F
+from launches import launched_kernels
 from models import tiny_config, tiny_model
 from plain_gpt import Plain
 from training_runs import equal, losses, trainer, values
@@ -177,15 +178,18 @@ def test_a_captured_step_trains_as_an_eager_one(dtype, tmp_path, device):
 def test_the_trainer_runs_the_kernels(tmp_path, device):
     """The Triton path, in the interpreter where there is no GPU: the same losses as the reference path's."""
     pytest.importorskip("triton", reason="needs triton")
-    runs = []
+    runs, launched = [], []
     for backend in ("reference", "triton"):
-        with use_backend(backend):
+        with use_backend(backend), launched_kernels() as names:
             model = tiny_model(n_layers=1).to(device)
             run = trainer(tmp_path / backend, model, max_steps=3, validation_batches=1, tf32=False)
             run.run()
         runs.append([loss for *_, loss in losses(run)])
+        launched.append(names)
     assert runs[1] == pytest.approx(runs[0], rel=1e-4)
-    assert runs[1] != runs[0]
+    assert launched[0] == []
+    for kernel in ("attention_fwd", "attention_bwd", "gemm", "layer_norm_fwd", "layer_norm_bwd", "embedding_bwd"):
+        assert sum(kernel in name for name in launched[1]) >= 3, kernel  # at least one a step
 
 
 @pytest.mark.gpu

@@ -11,17 +11,16 @@ the token that ends the last row isn't appended, which for one row is what upstr
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeGuard
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from fastgpt.compat.llms_from_scratch.model import GPTModel
-from fastgpt.inference.batch import PREFILL_CHUNK, activation_dtype, evaluating
-from fastgpt.inference.cache import KVCache
-from fastgpt.inference.sampling import SamplingParams, sample
+from fastgpt.inference.batch import Called
+from fastgpt.inference.generate import Request, Step
+from fastgpt.inference.sampling import GREEDY, SamplingParams
 from fastgpt.model import GPTModel as CoreModel
 
 
@@ -30,7 +29,7 @@ def generate_text_simple(model: Callable[..., Tensor], idx: Tensor, max_new_toke
 
     The model's mode is left alone, as upstream does; in training mode, dropout included, nothing is cached.
     """
-    return _extended(_Run(model, idx, max_new_tokens, context_size))
+    return _extended(idx, _request(model, idx, max_new_tokens, context_size))
 
 
 def generate(
@@ -52,7 +51,8 @@ def generate(
 
     The model's mode is left alone, as in `generate_text_simple`.
     """
-    return _extended(_Run(model, idx, max_new_tokens, context_size, SamplingParams(temperature, top_k), eos_id))
+    params = SamplingParams(temperature, top_k)
+    return _extended(idx, _request(model, idx, max_new_tokens, context_size, params, eos_id))
 
 
 def generate_text_simple_cached(
@@ -64,7 +64,7 @@ def generate_text_simple_cached(
     package, unless use_cache=False.
     """
     context_size = context_size or _context_of(model)
-    return _extended(_Run(model, idx, max_new_tokens, context_size, use_cache=use_cache, evaluate=True))
+    return _extended(idx, _request(model, idx, max_new_tokens, context_size, use_cache=use_cache, evaluate=True))
 
 
 def generate_text_simple_stream(
@@ -79,8 +79,10 @@ def generate_text_simple_stream(
     The work happens as it is consumed, in eval mode; between steps the model is in its own.
     """
     context_size = context_size or _context_of(model)
-    run = _Run(model, token_ids, max_new_tokens, context_size, eos_id=eos_token_id, use_cache=True, evaluate=True)
-    return run.steps()
+    request = _request(
+        model, token_ids, max_new_tokens, context_size, eos_id=eos_token_id, use_cache=True, evaluate=True
+    )
+    return (torch.tensor(row, device=token_ids.device)[:, None] for row in _tokens(request, request.stream()))
 
 
 def text_to_token_ids(text: str, tokenizer: Any) -> Tensor:
@@ -112,77 +114,52 @@ def ours(model: Any) -> TypeGuard[CoreModel]:
     return getattr(type(model), "forward", None) in (GPTModel.forward, CoreModel.forward)
 
 
-class _Run(NamedTuple):
-    model: Callable[..., Tensor]
-    idx: Tensor
-    max_new_tokens: int
-    context_size: int
-    params: SamplingParams = SamplingParams()
-    eos_id: int | None = None
-    use_cache: bool | None = None  # None: where possible
-    evaluate: bool = False
-
-    def steps(self) -> Iterator[Tensor]:
-        """The tokens [B, 1] of each step, after a look at the arguments."""
-        for name, least in (("max_new_tokens", 0), ("context_size", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        if self.idx.dim() != 2 or self.idx.shape[1] == 0:
-            raise ValueError(f"the ids must be [B, T] with T of at least 1, got {list(self.idx.shape)}")
-        inner = unwrapped(self.model)
-        if self.use_cache and not ours(inner):
-            raise TypeError(f"a KV cache needs a GPTModel of fastgpt, got {type(inner).__name__}; pass use_cache=False")
-        return self._steps(inner)
-
-    def _steps(self, inner: Any) -> Iterator[Tensor]:
-        logits_of = _CachedLogits(inner, self) if ours(inner) else self._plain_logits
-        idx, finished = self.idx, torch.zeros(len(self.idx), dtype=torch.bool, device=self.idx.device)
-        for _ in range(self.max_new_tokens):
-            with evaluating(inner) if self.evaluate else contextlib.nullcontext(), torch.no_grad():
-                chosen = sample(logits_of(idx), self.params)
-            if bool((chosen < 0).any()):
-                raise ValueError(
-                    f"logits are NaN or Inf after {idx.shape[1]} tokens; the weights are broken, or the dtype overflows"
-                )
-            if self.eos_id is not None:
-                finished = finished | (chosen == self.eos_id)
-                if bool(finished.all()):
-                    return
-                chosen = chosen.masked_fill(finished, self.eos_id)
-            idx = torch.cat((idx, chosen[:, None]), dim=1)
-            yield chosen[:, None]
-
-    def _plain_logits(self, idx: Tensor) -> Tensor:
-        return self.model(idx[:, -self.context_size :])[:, -1]
+def _request(
+    model: Callable[..., Tensor],
+    idx: Tensor,
+    max_new_tokens: int,
+    context_size: int,
+    params: SamplingParams = GREEDY,
+    eos_id: int | None = None,
+    use_cache: bool | None = None,
+    evaluate: bool = False,
+) -> Request:
+    """What is wanted, after a look at the arguments. use_cache=None: where it can be had."""
+    for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("context_size", context_size, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if idx.dim() != 2 or idx.shape[1] == 0:
+        raise ValueError(f"the ids must be [B, T] with T of at least 1, got {list(idx.shape)}")
+    inner: Any = unwrapped(model)
+    if use_cache and not ours(inner):
+        raise TypeError(f"a KV cache needs a GPTModel of fastgpt, got {type(inner).__name__}; pass use_cache=False")
+    if use_cache is None:
+        use_cache = ours(inner) and inner.config.causal and not inner.training
+    return Request(
+        inner if ours(inner) else Called(model, idx.device),
+        idx.tolist(),
+        max_new_tokens,
+        context_size,
+        params,
+        frozenset() if eos_id is None else frozenset((eos_id,)),
+        use_cache=use_cache,
+        evaluate=inner if evaluate else None,
+    )
 
 
-class _CachedLogits:
-    """Next-token logits [B, V] of a growing idx [B, T], from a cache while it can."""
-
-    def __init__(self, model: Any, run: _Run) -> None:
-        self.model, self.context_size = model, run.context_size
-        self.use_cache = model.config.causal if run.use_cache is None else run.use_cache
-        self.capacity = min(run.idx.shape[1] + run.max_new_tokens, run.context_size, model.config.context_length)
-        self.cache: KVCache | None = None
-
-    def __call__(self, idx: Tensor) -> Tensor:
-        if not self.use_cache or self.model.training or idx.shape[1] > self.context_size:
-            self.cache = None
-            return self._last(idx[:, -self.context_size :], None)
-        if self.cache is not None:
-            return self._last(idx[:, -1:], self.cache)
-        dtype = activation_dtype(self.model, self.model.device)
-        self.cache = KVCache(self.model.config, idx.shape[0], self.capacity, dtype, self.model.device)
-        return [self._last(chunk, self.cache) for chunk in idx.split(PREFILL_CHUNK, dim=1)][-1]
-
-    def _last(self, idx: Tensor, cache: KVCache | None) -> Tensor:
-        at = torch.full((idx.shape[0],), idx.shape[1] - 1, device=idx.device)
-        return self.model(idx, cache=cache, logits_at=at)[:, 0]
+def _tokens(request: Request, steps: Iterable[Step]) -> Iterator[list[int]]:
+    """Each step's tokens; rows that have ended are filled up, and the step at which the last one does isn't given."""
+    ended: set[int] = set()
+    for step in steps:
+        ended.update(row for row, reason in enumerate(step.finish_reasons) if reason == "stop")
+        if len(ended) == len(step.tokens):
+            return
+        yield [next(iter(request.stop_tokens)) if token is None else token for token in step.tokens]
 
 
-def _extended(run: _Run) -> Tensor:
-    return torch.cat((run.idx, *run.steps()), dim=1)
+def _extended(idx: Tensor, request: Request) -> Tensor:
+    new = list(_tokens(request, request.steps()))
+    return torch.cat((idx, torch.tensor(new, dtype=torch.int64, device=idx.device).view(len(new), len(idx)).T), dim=1)
 
 
 def _context_of(model: nn.Module) -> int:

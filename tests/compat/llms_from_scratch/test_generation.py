@@ -42,7 +42,7 @@ def test_prompt_of_several_prefill_chunks(monkeypatch):
     upstream, model = twins()
     lengths = []
     model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
-    monkeypatch.setattr("fastgpt.compat.llms_from_scratch.generation.PREFILL_CHUNK", 4)
+    monkeypatch.setattr("fastgpt.inference.batch.PREFILL_CHUNK", 4)
     got = book.generate_text_simple(model, ids(2, 10), 6, T)
     assert lengths == [4, 4, 2, 1, 1, 1, 1, 1]
     assert torch.equal(got, ch04.generate_text_simple(upstream, ids(2, 10), 6, T))
