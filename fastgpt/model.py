@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,6 +29,8 @@ from fastgpt.inference.cache import KVCache
 from fastgpt.inference.generate import generate_tensor
 from fastgpt.layers import Int8Linear, LayerNorm, MultiHeadAttention, TransformerBlock
 from fastgpt.plan import Plan, TokenWeights, plain
+
+_Self = TypeVar("_Self", bound="GPTModel")
 
 
 class GPTModel(nn.Module):
@@ -105,7 +107,7 @@ class GPTModel(nn.Module):
         if len(set(starts)) == 1:
             x = self._embed(idx, starts[0])
         else:
-            positions = torch.tensor(starts, device=idx.device)[:, None] + torch.arange(T, device=idx.device)
+            positions = (cache.device_lengths - T)[:, None] + torch.arange(T, device=idx.device)
             x = self.drop_emb(self.tok_emb(idx) + self.pos_emb(positions))
         on_cpu = self.device.type == "cpu" and ops.current_backend() != "triton"
         if T == 1 and on_cpu and isinstance(plan := self._plan(), Plan):
@@ -161,10 +163,10 @@ class GPTModel(nn.Module):
         """Whether `self(idx, cache=cache)` is what this class makes it."""
         return type(self).forward is GPTModel.forward
 
-    def decode_engine(self, batch_size: int, positions: int) -> engine.Engine | str:
+    def decode_engine(self, batch_size: int, positions: int, design: str | None = None) -> engine.Engine | str:
         """The engine for one new token a row of `batch_size` rows, up to `positions` each; or why the modules are called instead.
 
-        It is the caller's alone until its `release`.
+        It is the caller's alone until its `release`. design: how its kernels are launched; see fastgpt.inference.engine.
         """
         if self._forward_hooks or self._forward_pre_hooks or not self._calls_core():
             return "the model's forward has hooks, or a subclass has its own"
@@ -176,7 +178,14 @@ class GPTModel(nn.Module):
         if isinstance(plan, str):
             return plan
         why = engine.obstacle(plan, self.config, batch_size)
-        return engine.acquire(self, self.config, plan, batch_size, positions) if why is None else why
+        return engine.acquire(self, self.config, plan, batch_size, positions, design) if why is None else why
+
+    def train(self: _Self, mode: bool = True) -> _Self:
+        """As nn.Module's. A model that is about to be trained gives up its idle decode engines: their memory is wanted."""
+        if mode:
+            engine.forget(self)
+        super().train(mode)
+        return self
 
     def loss(self, idx: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
         """Mean cross-entropy in nats of the logits at each position with `targets` int64 [B, T]; a scalar in fp32.

@@ -127,6 +127,13 @@ def token_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | str:
     return decode_token
 
 
+def dependent_launches(device: torch.device) -> bool:
+    """Whether a Triton kernel can start there while the one before runs out: compute capability 9.0 and later."""
+    from fastgpt_kernels import _launch
+
+    return not _launch.INTERPRETING and _launch.arch(device) >= 90
+
+
 def sampler_kernels(sampler: str, device: torch.device, dtype: torch.dtype, greedy: bool = False) -> ModuleType | None:
     """What `sampler` draws with: `fastgpt_kernels.sampling` for "fused", None for "torch".
 

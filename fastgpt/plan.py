@@ -6,8 +6,10 @@ memory: nothing is packed, so that a change in place is seen, and a replaced par
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple, TypeGuard, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -87,8 +89,32 @@ class Plan(Unchanged):
         super().__init__(root)
         self.blocks, self.token = blocks, token
 
-    @property
+    @functools.cached_property
+    def tensors(self) -> list[Tensor]:
+        """All of them but the scales."""
+        token = (
+            () if self.token is None else (self.token.tokens, self.token.positions, *self.token.norm, *self.token.head)
+        )
+        return [t for t in (*(t for block in self.blocks for t in block.flat()), *token) if t is not None]
+
+    @functools.cached_property
+    def contiguous(self) -> bool:
+        """Whether every matrix lies in memory as a Linear's own does."""
+        return all(t.is_contiguous() for t in self.tensors)
+
+    @functools.cached_property
     def quantized(self) -> bool:
         """Whether a matrix is int8."""
-        head = None if self.token is None else self.token.head_scale
-        return head is not None or any(block.scales is not None for block in self.blocks)
+        return any(t.dtype == torch.int8 for t in self.tensors)
+
+    @functools.cached_property
+    def obstacle(self) -> str | None:
+        """Why no engine can run from these weights, or None."""
+        if self.token is None:
+            return "the embeddings, the final norm or the head are not the model's own plain modules"
+        if self.quantized and (self.token.head_scale is None or any(block.scales is None for block in self.blocks)):
+            return "some matrices are int8 and others are not"
+        dtypes, devices = {t.dtype for t in self.tensors} - {torch.int8}, {t.device for t in self.tensors}
+        if len(dtypes) > 1 or len(devices) > 1:
+            return f"the parameters are not of one dtype and device: {sorted(map(str, dtypes | devices))}"
+        return None

@@ -17,7 +17,6 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ from benchmarks.models.providers import (
     spread_model,
     transformers_model,
 )
-from fastgpt import GPTConfig, GPTModel
+from fastgpt import GPTConfig, GPTModel, ops
 from fastgpt.inference import engine as engines
 from fastgpt.info import kv_cache_bytes
 from fastgpt.quantization import quantize
@@ -161,25 +160,25 @@ def candidate(
     return Candidate(run, check, notes=notes)
 
 
-def other_design(name: str) -> Callable[[GPTModel, Case], Generate]:
-    """The decode engine with another of its designs than the one in use (fastgpt.inference.engine.DESIGN)."""
+def check_design(name: str) -> None:
+    """Absent unless it is another design of the engine's (fastgpt.inference.engine.DESIGNS) than the one in use here."""
+    if device().type != "cuda" and not interpreting():
+        raise Absent("the engine's designs are a GPU's")
+    dependent = not interpreting() and ops.dependent_launches(device())
+    if name == ("dependent" if dependent else "plain"):
+        raise Absent("it is what fastgpt runs")
+    if name == "dependent":
+        raise Absent("dependent launch came with compute capability 9.0, and Triton's interpreter has none")
+
+
+def of_design(name: str) -> Callable[[GPTModel, Case], Generate]:
+    """`generate` on an engine of one design."""
 
     def make(model: GPTModel, case: Case) -> Generate:
-        if device().type != "cuda" and not interpreting():
-            raise Absent("the engine's designs are a GPU's")
-        if name == engines.DESIGN:
-            raise Absent("it is what fastgpt runs")
-        if name == "dependent" and interpreting():
-            raise Absent("Triton's interpreter has no dependent launch")
-        if name == "dependent" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
-            raise Absent("dependent launch came with compute capability 9.0")
-        copied = copy.deepcopy(model)  # an engine belongs to its model and keeps the design that it was made with
-
-        def generate(idx: Tensor, n: int) -> Tensor:
-            with mock.patch.object(engines, "DESIGN", name):
-                return on_kernels(copied.generate)(idx, n)
-
-        return generate
+        check_design(name)
+        copied = copy.deepcopy(model)
+        copied.decode_engine = functools.partial(copied.decode_engine, design=name)
+        return on_kernels(copied.generate)
 
     return make
 
@@ -285,7 +284,7 @@ def reference_compiled(model: GPTModel, case: Case) -> Generate:
 GENERATORS: dict[str, Callable[[GPTModel, Case], Generate]] = {
     OURS: lambda model, case: on_kernels(model.generate),
     "fastgpt, no cache": lambda model, case: on_kernels(functools.partial(model.generate, use_cache=False)),
-    **{f"fastgpt, design {name}": other_design(name) for name in engines.DESIGNS},
+    **{f"fastgpt, design {name}": of_design(name) for name in engines.DESIGNS},
     INT8: lambda model, case: on_kernels(model.generate),
     "fastgpt, prompt lookup": lambda model, case: on_kernels(functools.partial(model.generate, lookup=8)),
     **{name: drawing(name.removeprefix("fastgpt, ").removesuffix(" sampler")) for name in DRAWN},

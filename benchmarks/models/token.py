@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness.measure import INT8, OURS, Absent, Benchmark, Candidate, Case, Work, device
 from benchmarks.harness.op import interpreting
-from benchmarks.models.generate import weight_bytes
+from benchmarks.models.generate import check_design, weight_bytes
 from benchmarks.models.graphed import GraphedLoop
 from benchmarks.models.providers import check_greedy, on_kernels, spread_model
 from benchmarks.models.providers import config as shape
@@ -69,10 +68,10 @@ def prepare(make: Callable[[GPTModel, Tensor, int], tuple[Burst, GPTModel]], cas
 
 
 @torch.no_grad()
-def engine(model: GPTModel, context: Tensor, tokens: int) -> tuple[Burst, GPTModel]:
+def engine(model: GPTModel, context: Tensor, tokens: int, design: str | None = None) -> tuple[Burst, GPTModel]:
     """As `generate` runs it, without its bookkeeping."""
     held = context.shape[1]
-    made = model.decode_engine(1, held + tokens)
+    made = model.decode_engine(1, held + tokens, design)
     if isinstance(made, str):
         raise Absent(made)
     if held:
@@ -91,16 +90,12 @@ def engine(model: GPTModel, context: Tensor, tokens: int) -> tuple[Burst, GPTMod
     return burst, model
 
 
-def design(name: str) -> Callable[[GPTModel, Tensor, int], tuple[Burst, GPTModel]]:
-    """Another of the engine's designs than the one in use (fastgpt.inference.engine.DESIGN)."""
+def of_design(name: str) -> Callable[[GPTModel, Tensor, int], tuple[Burst, GPTModel]]:
+    """The engine in one of its designs."""
 
     def make(model: GPTModel, context: Tensor, tokens: int) -> tuple[Burst, GPTModel]:
-        if name == engines.DESIGN:
-            raise Absent("it is what fastgpt runs")
-        if name == "dependent" and (interpreting() or torch.cuda.get_device_capability() < (9, 0)):
-            raise Absent("dependent launch came with compute capability 9.0")
-        with mock.patch.object(engines, "DESIGN", name):
-            return engine(model, context, tokens)
+        check_design(name)
+        return engine(model, context, tokens, name)
 
     return make
 
@@ -131,7 +126,7 @@ def graphed(model: GPTModel, context: Tensor, tokens: int) -> tuple[Burst, GPTMo
 
 PROVIDERS = {
     OURS: functools.partial(prepare, engine),
-    **{f"fastgpt, design {name}": functools.partial(prepare, design(name)) for name in engines.DESIGNS},
+    **{f"fastgpt, design {name}": functools.partial(prepare, of_design(name)) for name in engines.DESIGNS},
     INT8: functools.partial(prepare, int8),
     "cuBLAS and SDPA in a CUDA graph": functools.partial(prepare, graphed),
 }

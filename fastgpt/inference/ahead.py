@@ -32,6 +32,7 @@ class Loop:
         positions: the engine's, which its steps move on.
     """
 
+    @torch.inference_mode(False)  # it is kept for later calls
     def __init__(self, sampler: Sampler, tokens: Tensor, positions: Tensor) -> None:
         like, B = sampler.draws, len(tokens)
         rows = {

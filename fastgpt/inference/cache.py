@@ -28,6 +28,11 @@ class KVCache:
         device: where they live.
     """
 
+    lengths: list[int]
+    longest: int
+    device_lengths: Tensor
+
+    @torch.inference_mode(False)  # a later call outside may write to it
     def __init__(
         self,
         config: GPTConfig,
@@ -72,8 +77,10 @@ class KVCache:
             not 0 <= new <= old for new, old in zip(lengths, self.lengths, strict=False)
         ):
             raise ValueError(f"lengths must be {self.batch_size} numbers, none over {self.lengths}, got {lengths}")
-        self._set_lengths(lengths)
+        if lengths != self.lengths:
+            self._set_lengths(lengths)
 
+    @torch.inference_mode(False)
     def select(self, rows: Sequence[int]) -> KVCache:
         """A new cache of some of the rows, in the order given: how finished rows leave a batch."""
         other = KVCache.__new__(KVCache)
@@ -101,7 +108,8 @@ class KVCache:
                 f"the KV cache holds {self.max_length} positions, but a row of {max(starts)} was to get {count} more; "
                 "pass a larger max_length, or truncate or reset the cache"
             )
-        self._set_lengths([length + count for length in starts])
+        self.lengths, self.longest = [length + count for length in starts], longest
+        self.device_lengths = self.device_lengths + count  # nothing is uploaded
         return starts
 
     def write(self, layer: int, starts: list[int], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

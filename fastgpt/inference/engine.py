@@ -1,15 +1,18 @@
 """One new token a row on a GPU: static buffers, a KV cache, and the whole token in a CUDA graph.
 
 The floor of a token of GPT-2 124M in bf16 is some 90 us, a fraction of the time that it takes to launch its kernels one by one.
-An `Engine` captures them once: up to 8 rows as the fused kernels of fastgpt_kernels.decode_token, more rows as GEMMs and
-attention.
-Its kernels read positions on the device, so that one graph serves every length that the cache holds.
+An `Engine` captures them once: up to 8 rows as the fused kernels of fastgpt_kernels.decode_token; more rows, and parameters that
+are views with gaps between their rows, as GEMMs and attention. Positions are read on the device, so that one graph serves every
+length that the cache holds.
 
 It runs from a fastgpt.plan.Plan, made by `GPTModel`; everything that has none takes the modules.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from types import ModuleType
@@ -28,17 +31,19 @@ from fastgpt.inference.cache import KVCache
 from fastgpt.inference.sampling import Sampler
 from fastgpt.plan import Plan
 
-# How a token is launched: "kernels", five a layer; "dependent", each of them starting while the one before runs out (sm90 and
-# later). The first until the other is measured on a named GPU: what it saves is launches and waiting.
-DESIGNS = ("kernels", "dependent")
-DESIGN = "kernels"
+# How the fused kernels of a token are launched, five a layer: "plain", one after the other; "dependent", each starting while the
+# one before runs out. Predicted, not measured: it takes launches and much of the waiting off a token, so that it is the design
+# wherever GPUs have it (sm90 and later).
+DESIGNS = ("plain", "dependent")
 
 # Positions of a cache come in multiples of this, so that calls of nearby lengths share an engine and its graph.
 CAPACITY_STEP = 256
 
-
 # Ways to sample that an engine keeps a graph for.
 KEPT_LOOPS = 4
+
+# What engines that wait for their next call may hold of a device, of all models together: GPT-2 124M's for 100 rows of 1024.
+IDLE_BYTES = 4 * 2**30
 
 
 class Engine:
@@ -51,27 +56,33 @@ class Engine:
         plan: its weights, contiguous and of one dtype.
         batch_size: rows.
         capacity: positions of the cache.
+        design: one of DESIGNS, for up to 8 rows; None is the best that the GPU has.
     """
 
-    def __init__(self, config: GPTConfig, plan: Plan, batch_size: int, capacity: int) -> None:
+    @torch.inference_mode(False)  # a later call outside may write to its buffers
+    def __init__(
+        self, config: GPTConfig, plan: Plan, batch_size: int, capacity: int, design: str | None = None
+    ) -> None:
+        if design is not None and design not in DESIGNS:
+            raise ValueError(f"design must be None or one of {DESIGNS}, got {design!r}")
         assert plan.token is not None
-        self.config, self.plan = config, plan
+        self.config, self.plan, self.design = config, plan, design
         self.pool: list[Engine] = []  # of free ones
+        self.idle_since = 0  # counted in releases
         table = plan.token.tokens
         self.device, dtype = table.device, table.dtype
         self.cache = KVCache(config, batch_size, capacity, dtype, self.device)
         self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         self.positions = torch.zeros(batch_size, dtype=torch.int32, device=self.device)
-        self._fused: Callable[[], Tensor] | None = self._fuse(ops.token_kernels(self.device, dtype))
+        kernels = fused_kernels(plan, config, batch_size)
+        self._fused = None if isinstance(kernels, str) else self._fuse(kernels)
         self.logits = table.new_empty(batch_size, config.vocab_size) if self._fused is None else self._buffers.logits
         self._step = Graph([self.positions], self.device)
         self._loops: dict[Any, Loop] = {}
 
-    def _fuse(self, kernels: ModuleType | str) -> Callable[[], Tensor] | None:
-        """What launches a token's fused kernels, or None where they don't apply."""
+    def _fuse(self, kernels: ModuleType) -> Callable[[], Tensor]:
+        """What launches a token's fused kernels."""
         config, cache, B = self.config, self.cache, len(self.tokens)
-        if isinstance(kernels, str) or B > kernels.MAX_BATCH or config.hidden_dim > kernels.MAX_WIDTH:
-            return None
         token, layers = self.plan.token, tuple(kernels.LayerWeights(*block.flat()) for block in self.plan.blocks)
         assert token is not None
         scales = [kernels.LayerScales(*block.scales) for block in self.plan.blocks if block.scales is not None]
@@ -80,7 +91,8 @@ class Engine:
         self._buffers = kernels.token_buffers(weights, B, config.n_heads, cache.max_length, config.vocab_size)
         state = self.tokens, self.positions, weights
         rest = cache.keys, cache.values, self._buffers, config.activation, config.norm_eps
-        return lambda: kernels.decode_token(*state, *rest, pdl=DESIGN == "dependent")
+        pdl = ops.dependent_launches(self.device) if self.design is None else self.design == "dependent"
+        return lambda: kernels.decode_token(*state, *rest, pdl=pdl)
 
     @property
     def room(self) -> int:
@@ -133,8 +145,11 @@ class Engine:
         return Reading(loop.draws.drawn, sampler.count - count, count)
 
     def release(self) -> None:
-        """Give it back for the next call of the same size."""
-        self.pool.append(self)
+        """Give it back for the next call of the same size, if idle engines may hold that much."""
+        with _lock:
+            self.pool.append(self)
+            self.idle_since = next(_releases)
+        drop_idle(self.device, IDLE_BYTES)
 
     def _token(self) -> None:
         if self._fused is not None:
@@ -164,30 +179,54 @@ class Engine:
 
 # Engines beside the models, not in them: a copy or a pickle of a model has none.
 _engines: WeakKeyDictionary[nn.Module, list[Engine]] = WeakKeyDictionary()
+_lock, _releases = threading.RLock(), itertools.count()
 
 
-def acquire(model: nn.Module, config: GPTConfig, plan: Plan, batch_size: int, positions: int) -> Engine:
+def acquire(
+    model: nn.Module, config: GPTConfig, plan: Plan, batch_size: int, positions: int, design: str | None = None
+) -> Engine:
     """An engine with room for `positions` in each of `batch_size` rows, for the caller alone until `release`.
 
     Raises ValueError where the GPU's free memory doesn't hold the cache, saying what would fit.
     """
     capacity = min(-(-positions // CAPACITY_STEP) * CAPACITY_STEP, config.context_length)
-    free = _engines.setdefault(model, [])
-    free[:] = [engine for engine in free if engine.plan is plan]  # others hold weights that were replaced
-    for engine in free:
-        if engine.cache.batch_size == batch_size and engine.cache.max_length >= capacity:
-            free.remove(engine)
-            engine.cache.reset()
-            return engine
+    with _lock:
+        free = _engines.setdefault(model, [])
+        free[:] = [engine for engine in free if engine.plan is plan]  # others hold weights that were replaced
+        for engine in free:
+            cache = engine.cache
+            if cache.batch_size == batch_size and cache.max_length >= capacity and engine.design == design:
+                free.remove(engine)
+                cache.reset()
+                return engine
     assert plan.token is not None
     if plan.token.tokens.device.type == "cuda":
-        _check_memory(config, plan.token.tokens, batch_size, capacity, free)
-    engine = Engine(config, plan, batch_size, capacity)
+        _drop_when_memory_is_out()
+        _make_room(config, plan.token.tokens, batch_size, capacity)
+    engine = Engine(config, plan, batch_size, capacity, design)
     engine.pool = free
     return engine
 
 
-def _check_memory(config: GPTConfig, like: Tensor, batch_size: int, capacity: int, free: list[Engine]) -> None:
+def drop_idle(device: torch.device, most: int = 0) -> None:
+    """Drop engines that wait for a call, the longest idle first, until they hold at most `most` bytes of the device."""
+    with _lock:
+        idle = [engine for free in _engines.values() for engine in free if engine.device == device]
+        held = sum(engine.cache.nbytes for engine in idle)
+        for engine in sorted(idle, key=lambda engine: engine.idle_since):
+            if held <= most:
+                return
+            engine.pool.remove(engine)
+            held -= engine.cache.nbytes
+
+
+def forget(model: nn.Module) -> None:
+    """Drop the model's idle engines."""
+    with _lock:
+        _engines.get(model, []).clear()
+
+
+def _make_room(config: GPTConfig, like: Tensor, batch_size: int, capacity: int) -> None:
     row = 2 * config.n_layers * config.emb_dim * capacity * like.element_size()
     device = like.device
     for _ in range(2):
@@ -195,35 +234,40 @@ def _check_memory(config: GPTConfig, like: Tensor, batch_size: int, capacity: in
         available = torch.cuda.mem_get_info(device)[0] + unused
         if batch_size * row <= available:
             return
-        free.clear()  # engines of other sizes make room
+        drop_idle(device)
     raise ValueError(
         f"a KV cache of {batch_size} rows of {capacity} positions takes {batch_size * row / 1e9:.2f} GB, and {device} has "
         f"{available / 1e9:.2f} GB free: {int(available // row)} rows fit; use smaller batches or fewer new tokens"
     )
 
 
+@functools.cache
+def _drop_when_memory_is_out() -> None:
+    """Have any allocation of the process that fails drop the idle engines, for whoever tries again; once is enough.
+
+    torch asks nobody before it fails. https://docs.pytorch.org/docs/stable/torch_cuda_memory.html has the observer.
+    """
+
+    def observer(device: int, *sizes: int) -> None:
+        if not torch.cuda.is_current_stream_capturing():
+            drop_idle(torch.device("cuda", device))
+
+    torch._C._cuda_attachOutOfMemoryObserver(observer)  # type: ignore[attr-defined]
+
+
+def fused_kernels(plan: Plan, config: GPTConfig, batch_size: int) -> ModuleType | str:
+    """What makes a token of `batch_size` rows in fused kernels; or why nothing does, and GEMMs have to."""
+    assert plan.token is not None
+    kernels = ops.token_kernels(plan.token.tokens.device, plan.token.tokens.dtype)
+    if isinstance(kernels, str):
+        return kernels
+    if batch_size > kernels.MAX_BATCH or config.hidden_dim > kernels.MAX_WIDTH:
+        return f"they are for {kernels.MAX_BATCH} rows of width {kernels.MAX_WIDTH}, at most"
+    return kernels if plan.contiguous else "a parameter is not contiguous"
+
+
 def obstacle(plan: Plan, config: GPTConfig, batch_size: int) -> str | None:
     """Why no engine of `batch_size` rows can run from this plan, or None."""
-    if plan.token is None:
-        return "the embeddings, the final norm or the head are not the model's own plain modules"
-    tensors = [t for block in plan.blocks for t in block.flat() if t is not None]
-    tensors += [plan.token.tokens, plan.token.positions, *_some(plan.token.norm), *_some(plan.token.head)]
-    dtypes, devices = {t.dtype for t in tensors}, {t.device for t in tensors}
-    if plan.quantized:
-        if plan.token.head_scale is None or any(block.scales is None for block in plan.blocks):
-            return "some matrices are int8 and others are not"
-        kernels = ops.token_kernels(plan.token.tokens.device, plan.token.tokens.dtype)
-        if isinstance(kernels, str):
-            return kernels
-        if batch_size > kernels.MAX_BATCH or config.hidden_dim > kernels.MAX_WIDTH:
-            return f"int8 weights are for {kernels.MAX_BATCH} rows of width {kernels.MAX_WIDTH}, at most"
-        dtypes.discard(torch.int8)
-    if len(dtypes) > 1 or len(devices) > 1:
-        return f"the parameters are not of one dtype and device: {sorted(map(str, dtypes | devices))}"
-    if not all(t.is_contiguous() for t in tensors):
-        return "a parameter is not contiguous"
-    return None
-
-
-def _some(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    return [t for t in tensors if t is not None]
+    if plan.obstacle is None and plan.quantized and isinstance(why := fused_kernels(plan, config, batch_size), str):
+        return f"int8 weights need the fused kernels: {why}"
+    return plan.obstacle

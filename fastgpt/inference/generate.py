@@ -182,7 +182,9 @@ class Request(NamedTuple):
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
-        with contextlib.nullcontext() if self.evaluate is None else evaluating(self.evaluate), torch.no_grad():
+        # Not in the caller's inference mode, whose tensors a stream that is resumed outside couldn't write to.
+        modes = contextlib.nullcontext() if self.evaluate is None else evaluating(self.evaluate)
+        with modes, torch.inference_mode(False), torch.no_grad():
             yield
 
     def end(self, token: int, length: int) -> str | None:

@@ -1,4 +1,4 @@
-"""The book's and nanoGPT's generation on the decode engine: the reference's tokens, and one engine for many calls."""
+"""Other people's models on the decode engine: the reference's tokens, and one engine for many calls."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 from fused_token import wide_tiles
 from models import TINY, spread
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastgpt import use_backend
 from fastgpt.compat import llms_from_scratch as book
+from fastgpt.compat.huggingface import from_hf
 from fastgpt.compat.nanogpt import GPT, GPTConfig
 from fastgpt.graphs import Graph
 from fastgpt.inference import engine as engines
@@ -90,6 +92,35 @@ def test_the_books_draws_and_ends_are_the_same_on_the_engine(device, steps):
         assert torch.equal(run(model), free)
         assert torch.equal(run(model, eos), ended)
     assert steps
+
+
+def test_caches_of_the_books_model_outlive_inference_mode(device):
+    model, idx = books(device), IDX.to(device)
+    with torch.no_grad():
+        expected = model(idx)
+    for call in ({"use_cache": True}, {"cache": book.KVCache(1)}):
+        with torch.inference_mode():
+            first = model(idx[:, :2], **call)
+        with torch.no_grad():
+            last = model(idx[:, 2:], **call)
+        torch.testing.assert_close(torch.cat((first, last), dim=1), expected, rtol=0, atol=2e-5)
+
+
+def test_transformers_own_parameters_run_on_the_engine(device, steps):
+    """Transposed views, and thirds of c_attn: GEMMs take them as they are."""
+    config = GPT2Config(vocab_size=101, n_positions=16, n_embd=32, n_layer=1, n_head=4, eos_token_id=0)
+    torch.manual_seed(0)
+    hf_model = GPT2LMHeadModel(config).eval().to(device)
+    spread(hf_model)
+    model, idx = from_hf(hf_model), IDX.to(device)
+    assert not model.trf_blocks[0].att.W_query.weight.is_contiguous()
+    for _ in range(2):
+        expected = exact(model, lambda m: m.generate(idx, 5))
+        with use_backend("triton"):
+            assert torch.equal(model.generate(idx, 5), expected)
+        with torch.no_grad():
+            hf_model.transformer.h[0].attn.c_attn.weight.mul_(-1.0)
+    assert steps == [2] * 2 * 4
 
 
 def nanogpt(device) -> GPT:

@@ -149,7 +149,7 @@ def test_generate_takes_the_engine(device, monkeypatch):
     assert len(steps) == 3 * 4
     with torch.no_grad(), use_backend("triton"):
         assert isinstance(model.decode_engine(1, 16), engines.Engine)
-        assert "int8 weights are for 8 rows" in model.decode_engine(9, 16)
+        assert "int8 weights need the fused kernels: they are for 8 rows" in model.decode_engine(9, 16)
         mixed = copy.deepcopy(model)
         mixed.out_head = torch.nn.Linear(32, 101, bias=False).to(device)
         assert "some matrices are int8" in mixed.decode_engine(1, 16)

@@ -25,6 +25,7 @@ def from_hf(hf_model: modeling_gpt2.GPT2LMHeadModel, *, copy: bool = False) -> G
 
     Such thirds have gaps between their rows, over which torch's fused optimizers write: on a CPU without a word. Steps with
     fused=True on parameters like that are refused from here on; train with foreach, the default of torch.optim, or a copy.
+    On a GPU, `generate` makes each token by GEMMs on those views, in a CUDA graph; the fused kernels need a copy's matrices.
 
     Args:
         hf_model: plain, accelerated or not; merge LoRA first (`merge_and_unload`).

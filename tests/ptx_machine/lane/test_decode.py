@@ -13,8 +13,7 @@ from models import tiny_model
 from ptx_machine.lane.precision import PRECISIONS
 from ptx_machine.machine import machine
 
-from fastgpt import GPTModel, generate, use_backend
-from fastgpt.inference import engine
+from fastgpt import GPTModel, generate, ops, use_backend
 
 token = importlib.import_module("fastgpt_kernels.decode_token")
 
@@ -75,12 +74,13 @@ def test_a_token_of_dependent_launches(name):
     check_token(90, "bf16", name, pdl=True)
 
 
-def test_generation_through_the_engine(monkeypatch):
-    monkeypatch.setattr(engine, "DESIGN", "dependent")
+def test_generation_through_the_engine():
+    """Whose launches are dependent ones there."""
     model = tiny_model(emb_dim=64, tie_weights=True, context_length=64)
     prompts = [[5, 6, 7], [9]]
     want = generate(model.double(), prompts, 4)  # float64: its argmax is the exact one
     with machine(90) as m, use_backend("triton"):
+        assert ops.dependent_launches(model.device)
         assert generate(model.float(), prompts, 4) == want
     assert any("_token_" in t.kernel for t in m.timings)
 
