@@ -20,6 +20,13 @@ from fastgpt.plan import BlockWeights, plain
 from fastgpt.reference import int8_linear
 
 
+def linear(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x); of a plain nn.Linear on a CPU as the op, which may know a faster product."""
+    if x.device.type == "cpu" and plain(module, nn.Linear):
+        return ops.linear(x, module.weight, module.bias)
+    return module(x)
+
+
 class LayerNorm(nn.Module):
     """Layer normalization with upstream's names: scale [C], shift [C] or None."""
 
@@ -139,7 +146,7 @@ class MultiHeadAttention(nn.Module):
             else:
                 out = ops.decode_attention(q, keys, values, cache.device_lengths)
         B, T, C = x.shape
-        return self.out_proj(out.transpose(1, 2).reshape(B, T, C))
+        return linear(self.out_proj, out.transpose(1, 2).reshape(B, T, C))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, C] -> queries, keys, values [B, H, T, D] each, as views of the projections' output."""
@@ -152,7 +159,7 @@ class MultiHeadAttention(nn.Module):
             packed = ops.linear(x, weight, bias).view(B, T, 3, self.num_heads, self.head_dim)
             q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
             return q, k, v
-        q, k, v = (linear(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2) for linear in linears)
+        q, k, v = (linear(part, x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2) for part in linears)
         return q, k, v
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -27,7 +27,7 @@ from fastgpt.config import ContextLengthError, GPTConfig, TokenIdError
 from fastgpt.inference import cpu, engine
 from fastgpt.inference.cache import KVCache
 from fastgpt.inference.generate import generate_tensor
-from fastgpt.layers import Int8Linear, LayerNorm, MultiHeadAttention, TransformerBlock
+from fastgpt.layers import Int8Linear, LayerNorm, MultiHeadAttention, TransformerBlock, linear
 from fastgpt.plan import Plan, TokenWeights, plain
 
 _Self = TypeVar("_Self", bound="GPTModel")
@@ -93,7 +93,7 @@ class GPTModel(nn.Module):
         x = self.hidden_states(idx, cache)
         if logits_at is not None:
             x = x[torch.arange(x.shape[0], device=x.device), logits_at].unsqueeze(1)
-        return self._unpadded(self.out_head(x))
+        return self._unpadded(linear(self.out_head, x))
 
     def hidden_states(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """What the head reads: the final norm's output [B, T, C]. Arguments and errors as `forward`."""

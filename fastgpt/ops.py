@@ -1,8 +1,9 @@
-"""The one file that knows there are two implementations: picks `fastgpt_kernels` or `fastgpt.reference` per call.
+"""The one file that knows which implementations there are, and picks one per call.
 
-"auto" takes the Triton kernels for CUDA tensors of a supported dtype where Triton is installed, and the reference everywhere
-else. "triton" and "reference" force one; "triton" raises with the reason where it can't run. The choice is made by
-`use_backend`, else by the environment variable FASTGPT_BACKEND, else it is "auto".
+"auto" takes the Triton kernels for CUDA tensors of a supported dtype where Triton is installed, `fastgpt.cpu_products` for
+products on a CPU whose processor gains by it, and `fastgpt.reference` everywhere else. "triton" and "reference" force one;
+"triton" raises with the reason where it can't run. The choice is made by `use_backend`, else by the environment variable
+FASTGPT_BACKEND, else it is "auto".
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastgpt import reference
+from fastgpt import cpu_products, reference
 
 BACKENDS = ("auto", "triton", "reference")
 SAMPLERS = ("torch", "fused")  # of tokens; see sampler_kernels
@@ -88,11 +89,14 @@ def _launchable() -> tuple[str, ...]:
 
 
 def explain(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """(implementation, reason) that a call of `op` gets here: ("triton" | "reference", why)."""
+    """(implementation, reason) that a call of `op` gets here: ("triton" | "reference" | "oneDNN", why)."""
     backend = current_backend()
     if backend == "reference":
         return "reference", "asked for"
     if backend == "auto" and device.type != "cuda":
+        if op in cpu_products.OPS and device.type == "cpu":
+            kept = cpu_products.unavailable(dtype)
+            return ("reference", kept) if kept else ("oneDNN", f"faster than MKL on {cpu_products.vendor()}")
         return "reference", f"tensors are on {device.type}; Triton kernels need a CUDA device"
     unavailable = triton_unavailable(device, dtype)
     if backend == "triton":
@@ -105,8 +109,9 @@ def explain(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str
 
 
 def _module(op: str, x: Tensor) -> ModuleType:
-    if current_backend() != "triton" and not x.is_cuda:  # the CPU path pays for one comparison, no more
-        return reference
+    backend = current_backend()
+    if backend != "triton" and not x.is_cuda:  # the CPU path pays for a few comparisons, no more
+        return cpu_products if backend == "auto" and op in cpu_products.OPS and cpu_products.takes(x) else reference
     if explain(op, x.device, x.dtype)[0] == "reference":
         return reference
     import fastgpt_kernels
