@@ -100,7 +100,7 @@ def ops_table(device: torch.device) -> str:
     lines = [f"backend {ops.current_backend()}, {device}, {str(dtype).removeprefix('torch.')}"]
     for op in (*ops.OPS, "decode_token"):
         module, reason = ops.explain(op, device, dtype)
-        lines.append(f"  {op:<22}{module:<11}{reason}")
+        lines.append(f"  {op:<22}{module:<14}{reason}")
     return "\n".join(lines)
 
 

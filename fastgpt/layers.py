@@ -16,15 +16,8 @@ from torch import Tensor, nn
 from fastgpt import ops
 from fastgpt.config import GPTConfig
 from fastgpt.inference.cache import KVCache
-from fastgpt.plan import BlockWeights, plain
-from fastgpt.reference import int8_linear
-
-
-def linear(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x); of a plain nn.Linear on a CPU as the op, which may know a faster product."""
-    if x.device.type == "cpu" and plain(module, nn.Linear):
-        return ops.linear(x, module.weight, module.bias)
-    return module(x)
+from fastgpt.plan import BlockWeights, linear, plain
+from fastgpt.reference import int4_weights
 
 
 class LayerNorm(nn.Module):
@@ -56,16 +49,14 @@ class Activation(nn.Module):
         return self.name
 
 
-class Int8Linear(nn.Module):
-    """A Linear whose row r of weights is scale[r] * weight[r]: int8 [N, K], one fp32 scale an output, the bias as it was.
+class QuantizedLinear(nn.Module):
+    """A Linear whose weights are rounded, as two buffers `weight` and `scale`; the bias is as it was. Made by fastgpt.quantize.
 
-    The forward multiplies with the weights in x's dtype, made anew each time (on a CPU see fastgpt.reference.int8_linear);
-    a decode engine reads the integers on a GPU. Made by fastgpt.quantize. Not trained: input gradients flow, weight and scale are
-    buffers.
-
-    Raises ValueError for weights that are not finite.
+    Not trained: input gradients flow, weight and scale are buffers. Raises ValueError for weights that are not finite, or that
+    the format can't hold.
     """
 
+    bits: int
     weight: Tensor
     scale: Tensor
 
@@ -73,32 +64,91 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         exact = linear.weight.detach().float()
-        most = exact.abs().amax(dim=1)
-        if not bool(most.isfinite().all()):
-            raise ValueError(f"weights must be finite to become int8, got {most[~most.isfinite()][0]}")
-        scale = torch.where(most > 0.0, most / 127.0, 1.0)
-        self.register_buffer("weight", torch.round(exact / scale[:, None]).clamp(-127, 127).to(torch.int8))
+        if not bool(exact.isfinite().all()):
+            raise ValueError(f"weights must be finite to become int{self.bits}, got {exact[~exact.isfinite()][0]}")
+        weight, scale = self.rounded(exact)
+        self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":
-            return int8_linear(x, self.weight, self.scale, self.bias)
-        return F.linear(x, self.dequantized(x.dtype), self.bias)
+    @staticmethod
+    def rounded(exact: Tensor) -> tuple[Tensor, Tensor]:
+        """(weight, scale) of fp32 [N, K]."""
+        raise NotImplementedError
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weights [N, K] that these integers stand for, rounded once."""
-        wide = torch.promote_types(dtype, torch.float32)
-        return (self.weight.to(wide) * self.scale.to(wide)[:, None]).to(dtype)
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         scale = self.scale
         super()._apply(fn, recurse)
-        if self.scale.dtype != torch.float32:  # model.to(bfloat16) is about activations
+        if self.scale.dtype != scale.dtype:  # model.to(bfloat16) is about activations
             self.scale = scale.to(self.scale.device)
         return self
+
+
+class Int8Linear(QuantizedLinear):
+    """Row r of the weights is scale[r] * weight[r]: int8 [N, K], one fp32 scale an output.
+
+    On a CPU a few rows read the integers (fastgpt.cpu_products), and so does a decode engine on a GPU; else the forward
+    multiplies with the weights in x's dtype, made anew each time.
+    """
+
+    bits = 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            return ops.int8_linear(x, self.weight, self.scale, self.bias)
+        return F.linear(x, self.dequantized(x.dtype), self.bias)
+
+    @staticmethod
+    def rounded(exact: Tensor) -> tuple[Tensor, Tensor]:
+        most = exact.abs().amax(dim=1)
+        scale = torch.where(most > 0.0, most / 127.0, 1.0)
+        return torch.round(exact / scale[:, None]).clamp(-127, 127).to(torch.int8), scale
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        wide = torch.promote_types(dtype, torch.float32)
+        return (self.weight.to(wide) * self.scale.to(wide)[:, None]).to(dtype)
+
+
+class Int4Linear(QuantizedLinear):
+    """Four bits a weight, uint8 [N, K / 2], and a step and a middle for each GROUP of a row's columns, bf16 [N, K / GROUP, 2].
+
+    For a CPU alone: see fastgpt.reference.int4_weights for what the bits say, fastgpt.cpu_products for how they are read.
+    """
+
+    bits = 4
+    GROUP = 32
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            raise ValueError(f"int4 weights are read on a CPU alone, got a tensor on {x.device}; use int8 there")
+        return ops.int4_linear(x, self.weight, self.scale, self.bias)
+
+    @staticmethod
+    def rounded(exact: Tensor) -> tuple[Tensor, Tensor]:
+        if exact.shape[1] % Int4Linear.GROUP:
+            raise ValueError(
+                f"a row of weights must be a multiple of {Int4Linear.GROUP} to become int4, got {exact.shape[1]}"
+            )
+        groups = exact.unflatten(1, (-1, Int4Linear.GROUP))
+        low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+        step = ((high - low) / 15.0).bfloat16()
+        step = torch.where(step > 0.0, step, 1.0)
+        middle = (low + 8.0 * step.float()).bfloat16()
+        q = torch.round((groups - middle.float()[..., None]) / step.float()[..., None] + 8.0).clamp(0, 15)
+        even, odd = q.to(torch.uint8).flatten(1).unflatten(1, (-1, 2)).unbind(-1)
+        return even | (odd << 4), torch.stack((step, middle), dim=-1)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        return int4_weights(self.weight, self.scale, dtype)
+
+
+LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, Int8Linear, Int4Linear)
 
 
 class FeedForward(nn.Module):
@@ -207,8 +257,8 @@ class TransformerBlock(nn.Module):
         up, down = ff.layers[0], ff.layers[2]
         qkv = (att.W_query, att.W_key, att.W_value)
         linears = (*qkv, att.out_proj, up, down)
-        quantized = all(plain(linear, Int8Linear) for linear in linears)
-        if not (quantized or all(plain(linear, nn.Linear) for linear in linears)):
+        kind = next((kind for kind in LINEARS if all(plain(linear, kind) for linear in linears)), None)
+        if kind is None:
             return None
         return BlockWeights(
             (self.norm1.scale, self.norm1.shift),
@@ -217,7 +267,8 @@ class TransformerBlock(nn.Module):
             (self.norm2.scale, self.norm2.shift),
             (cast(Tensor, up.weight).T, cast("Tensor | None", up.bias)),
             (cast(Tensor, down.weight).T, cast("Tensor | None", down.bias)),
-            tuple(cast(Tensor, linear.scale) for linear in linears) if quantized else None,
+            tuple(cast(Tensor, linear.scale) for linear in linears) if kind is not nn.Linear else None,
+            linears,
         )
 
     def _add_norm(self, branch: Tensor, x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -27,8 +27,8 @@ from fastgpt.config import ContextLengthError, GPTConfig, TokenIdError
 from fastgpt.inference import cpu, engine
 from fastgpt.inference.cache import KVCache
 from fastgpt.inference.generate import generate_tensor
-from fastgpt.layers import Int8Linear, LayerNorm, MultiHeadAttention, TransformerBlock, linear
-from fastgpt.plan import Plan, TokenWeights, plain
+from fastgpt.layers import LINEARS, LayerNorm, MultiHeadAttention, QuantizedLinear, TransformerBlock
+from fastgpt.plan import Plan, TokenWeights, linear, plain
 
 _Self = TypeVar("_Self", bound="GPTModel")
 
@@ -147,7 +147,7 @@ class GPTModel(nn.Module):
         tables, norm, head = (self.tok_emb, self.pos_emb), self.final_norm, self.out_head
         if not all(plain(t, nn.Embedding) and t.padding_idx is t.max_norm is None for t in tables):
             return None
-        if not plain(norm, LayerNorm) or not (plain(head, nn.Linear) or plain(head, Int8Linear)):
+        if not plain(norm, LayerNorm) or not any(plain(head, kind) for kind in LINEARS):
             return None
         if head.out_features != self.config.padded_vocab_size:
             return None
@@ -156,7 +156,7 @@ class GPTModel(nn.Module):
             self.pos_emb.weight,
             (norm.scale, norm.shift),
             (head.weight, head.bias),
-            head.scale if isinstance(head, Int8Linear) else None,
+            head.scale if isinstance(head, QuantizedLinear) else None,
         )
 
     def _calls_core(self) -> bool:

@@ -89,14 +89,14 @@ def _launchable() -> tuple[str, ...]:
 
 
 def explain(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """(implementation, reason) that a call of `op` gets here: ("triton" | "reference" | "oneDNN", why)."""
+    """(implementation, reason) that a call of `op` gets here: ("triton" | "reference" | "cpu_products", why)."""
     backend = current_backend()
     if backend == "reference":
         return "reference", "asked for"
     if backend == "auto" and device.type != "cuda":
         if op in cpu_products.OPS and device.type == "cpu":
             kept = cpu_products.unavailable(dtype)
-            return ("reference", kept) if kept else ("oneDNN", f"faster than MKL on {cpu_products.vendor()}")
+            return ("reference", kept) if kept else ("cpu_products", f"faster on {cpu_products.vendor()}")
         return "reference", f"tensors are on {device.type}; Triton kernels need a CUDA device"
     unavailable = triton_unavailable(device, dtype)
     if backend == "triton":
@@ -117,6 +117,11 @@ def _module(op: str, x: Tensor) -> ModuleType:
     import fastgpt_kernels
 
     return fastgpt_kernels
+
+
+def _of_bytes(x: Tensor) -> ModuleType:
+    """Where products with int8 and int4 weights are made: there are no kernels for them but a token's."""
+    return cpu_products if x.device.type == "cpu" and current_backend() != "reference" else reference
 
 
 def token_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | str:
@@ -204,6 +209,14 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "tanh") -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
     return _module("linear", x).linear(x, weight, bias, activation)
+
+
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _of_bytes(x).int8_linear(x, weight, scale, bias)
+
+
+def int4_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _of_bytes(x).int4_linear(x, weight, scale, bias)
 
 
 def mlp(

@@ -12,13 +12,16 @@ from typing import NamedTuple, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastgpt import ops
+
 _M = TypeVar("_M", bound=nn.Module)
 
 
 class BlockWeights(NamedTuple):
     """A block's parameters: norms (scale, shift or None); matrices as [in, out] views with their biases or None.
 
-    With `scales`, fp32 [out] of the six matrices in order, they are int8.
+    With `scales` of the six matrices in order, they are int8 (fp32 [out]) or int4 (bf16 [out, in / group, 2]). `linears` are the
+    modules that they are from.
     """
 
     norm1: tuple[Tensor, Tensor | None]
@@ -28,6 +31,7 @@ class BlockWeights(NamedTuple):
     up: tuple[Tensor, Tensor | None]
     down: tuple[Tensor, Tensor | None]
     scales: tuple[Tensor, ...] | None = None
+    linears: tuple[nn.Module, ...] = ()
 
     def flat(self) -> list[Tensor | None]:
         """In the order of fastgpt_kernels.decode_token.LayerWeights, matrices as [out, in]."""
@@ -43,7 +47,7 @@ class TokenWeights(NamedTuple):
     positions: Tensor
     norm: tuple[Tensor, Tensor | None]
     head: tuple[Tensor, Tensor | None]
-    head_scale: Tensor | None = None  # of an int8 head
+    head_scale: Tensor | None = None  # of an int8 or int4 head
 
 
 def plain(module: nn.Module, kind: type[_M]) -> TypeGuard[_M]:
@@ -51,6 +55,13 @@ def plain(module: nn.Module, kind: type[_M]) -> TypeGuard[_M]:
     return type(module) is kind and not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def linear(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x); of a plain nn.Linear on a CPU as the op, which may know a faster product."""
+    if x.device.type == "cpu" and plain(module, nn.Linear):
+        return ops.linear(x, module.weight, module.bias)
+    return module(x)
 
 
 class Unchanged:
@@ -104,14 +115,16 @@ class Plan(Unchanged):
 
     @functools.cached_property
     def quantized(self) -> bool:
-        """Whether a matrix is int8."""
-        return any(t.dtype == torch.int8 for t in self.tensors)
+        """Whether a matrix is int8 or int4."""
+        return any(t.dtype in (torch.int8, torch.uint8) for t in self.tensors)
 
     @functools.cached_property
     def obstacle(self) -> str | None:
         """Why no engine can run from these weights, or None."""
         if self.token is None:
             return "the embeddings, the final norm or the head are not the model's own plain modules"
+        if any(t.dtype == torch.uint8 for t in self.tensors):
+            return "int4 weights are read on a CPU alone"
         if self.quantized and (self.token.head_scale is None or any(block.scales is None for block in self.blocks)):
             return "some matrices are int8 and others are not"
         dtypes, devices = {t.dtype for t in self.tensors} - {torch.int8}, {t.device for t in self.tensors}

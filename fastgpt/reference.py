@@ -11,6 +11,7 @@ from torch's global generator exactly as `torch.nn.functional.dropout` does; an 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,6 @@ ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
 
 # Rows of int8 weights that are widened at a time: at 768 columns 12 MB in fp32, which a product finds in the caches again.
 WIDENED_ROWS = 4096
-
-# Rows of x up to which torch's own product of bf16 with int8 beats one with widened weights: measured on two Xeon cores at GPT-2
-# 124M's shapes, where the two take 2.5 and 45 ms for one row of the head, 19 and 45 for 16, 109 and 72 for 64.
-INT8_PRODUCT_ROWS = 16
 
 
 def embedding(
@@ -95,7 +92,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
     return activate(F.linear(x, weight, bias), activation)
 
 
-def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    product: Callable[[Tensor, Tensor], Tensor] = F.linear,
+) -> Tensor:
     """x @ (scale[:, None] * weight).T + bias. x [..., K], weight int8 [N, K], scale fp32 [N], bias [N] -> [..., N] in x's dtype.
 
     The integers are exact in every dtype but float16, whose sums could overflow before they are scaled: it is computed in fp32.
@@ -103,20 +106,37 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     """
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return int8_linear(x, weight, scale, bias)
+            return int8_linear(x, weight, scale, bias, product)
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    if (
-        dtype == torch.bfloat16
-        and len(rows) <= INT8_PRODUCT_ROWS
-        and not (rows.requires_grad and torch.is_grad_enabled())
-    ):
-        sums = torch._weight_int8pack_mm(rows, weight, rows.new_ones(len(weight)))
-    else:
-        parts = [F.linear(rows, part.to(dtype)) for part in weight.split(WIDENED_ROWS)]
-        sums = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    parts = [product(rows, part.to(dtype)) for part in weight.split(WIDENED_ROWS)]
+    sums = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     y = sums * scale if bias is None else torch.addcmul(bias, sums, scale)
     return y.to(x.dtype).view(*x.shape[:-1], len(weight))
+
+
+def int4_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    product: Callable[[Tensor, Tensor], Tensor] = F.linear,
+) -> Tensor:
+    """x @ int4_weights(weight, scale).T + bias. x [..., K], weight uint8 [N, K / 2], scale [N, K / group, 2], bias [N]."""
+    parts = zip(weight.split(WIDENED_ROWS), scale.split(WIDENED_ROWS), strict=True)
+    y = torch.cat([product(x, int4_weights(*part, x.dtype)) for part in parts], dim=-1)
+    return y if bias is None else y + bias
+
+
+def int4_weights(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What weights of four bits stand for, [N, K]: (q - 8) * scale[..., 0] + scale[..., 1], q from 0 to 15, by groups of columns.
+
+    weight uint8 [N, K / 2] holds q of an even column in its low bits and of the odd one after it in its high bits.
+    """
+    wide = _at_least_float32(dtype)
+    step, middle = scale.to(wide).unbind(-1)
+    q = torch.stack((weight & 15, weight >> 4), dim=-1).view(*step.shape, -1).to(wide) - 8.0
+    return torch.addcmul(middle[..., None], q, step[..., None]).flatten(1).to(dtype)
 
 
 def mlp(

@@ -366,11 +366,11 @@ def test_targets_of_another_shape_are_refused():
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("int8", [False, True], ids=["plain", "int8"])
-def test_a_cpus_decoder_is_as_accurate_as_the_modules(rows, dtype, int8, monkeypatch):
+@pytest.mark.parametrize("weights", ["plain", "int8", "int4"])
+def test_a_cpus_decoder_is_as_accurate_as_the_modules(rows, dtype, weights, monkeypatch):
     """One new token a row, beside the same model's modules and float64."""
     model = tiny_model(emb_dim=64).to(dtype)
-    model = quantize(model) if int8 else model
+    model = model if weights == "plain" else quantize(model, weights)
     calls = []
     decode = cpu.decode
     monkeypatch.setattr(cpu, "decode", lambda *args: calls.append(1) or decode(*args))

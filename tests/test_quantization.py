@@ -1,4 +1,4 @@
-"""Int8 weights: the integers, what they stand for, and what they cost in bits per byte."""
+"""Int8 and int4 weights: the integers, what they stand for, and what they cost in bits per byte."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from models import tiny_model
 from torch import nn
 
 from examples.train_bundled_model import standard_library
-from fastgpt import GPTModel, generate, quantize
+from fastgpt import GPTModel, cpu_products, generate, quantize, use_backend
 from fastgpt.checkpoints.weights import BUNDLED
 from fastgpt.evaluation import evaluate
-from fastgpt.layers import Int8Linear
+from fastgpt.layers import Int4Linear, Int8Linear, QuantizedLinear
 from fastgpt.reference import WIDENED_ROWS
 from fastgpt.text.tokenizer import load_tokenizer
 
@@ -28,11 +28,25 @@ def model():
     return tiny_model(tie_weights=True)
 
 
+def stands_for(module: QuantizedLinear) -> torch.Tensor:
+    """The weights in float64, written out here once more."""
+    weight, scale = module.weight, module.scale.double()
+    if module.bits == 8:
+        return weight.double() * scale[:, None]
+    rows = []
+    for row, steps in zip(weight.tolist(), scale.tolist(), strict=True):
+        q = [nibble for byte in row for nibble in (byte % 16, byte // 16)]
+        rows.append([(q[k] - 8) * steps[k // 32][0] + steps[k // 32][1] for k in range(len(q))])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
 def dequantized(model: GPTModel) -> GPTModel:
     """A plain float64 model of the weights that a quantized one stands for."""
     state = {name: tensor.double() for name, tensor in model.state_dict().items()}
-    for name in [name for name, tensor in model.state_dict().items() if tensor.dtype == torch.int8]:
-        state[name] *= state.pop(name.removesuffix("weight") + "scale")[:, None]
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            state[f"{name}.weight"] = stands_for(module)
+            del state[f"{name}.scale"]
     plain = GPTModel(model.config.replace(tie_weights=False)).double().eval()
     plain.load_state_dict(state)
     return plain
@@ -71,10 +85,11 @@ def test_the_model_itself_and_all_else_stay(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_logits_loss_and_tokens_are_those_of_what_the_integers_stand_for(model, dtype):
-    quantized = quantize(model).to(dtype)
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_logits_loss_and_tokens_are_those_of_what_the_integers_stand_for(model, weights, dtype):
+    quantized = quantize(model, weights).to(dtype)
     plain, idx = dequantized(quantized), torch.randint(101, (3, 12))
-    assert quantized.out_head.scale.dtype == torch.float32, "a scale of 8 bits would move every weight"
+    assert quantized.out_head.scale.dtype == (torch.float32 if weights == "int8" else torch.bfloat16), "they would move"
     exact, peer = plain(idx), copy.deepcopy(plain).to(dtype)(idx)
     allowed = 2 * (peer.double() - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max()
     assert (quantized(idx).double() - exact).abs().max() <= allowed
@@ -86,20 +101,97 @@ def test_logits_loss_and_tokens_are_those_of_what_the_integers_stand_for(model, 
         assert generate(quantized, prompts, 18, lookup=3) == expected
 
 
-@pytest.mark.parametrize("rows", [1, 16, 17])
+@pytest.mark.parametrize("rows", [1, 8, 9, 17, 33])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_products_on_a_cpu(rows, dtype, bias):
-    """In parts, by torch's own kernel, and where the sums before scaling are past float16's range."""
-    linear = nn.Linear(96, WIDENED_ROWS + 3, bias=bias, dtype=torch.float64)
-    x = torch.full((rows, 96), 300.0, dtype=dtype).view(1, rows, 96) + torch.randn(1, rows, 96, dtype=dtype)
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(40, 96), (WIDENED_ROWS + 3, 200), (cpu_products.TILE, cpu_products.DEEP)]
+)
+def test_int8_products_on_a_cpu(rows, dtype, bias, outputs, inputs):
+    """As bags of one tile and of many, in parts, and where the sums before scaling are past float16's range."""
+    linear = nn.Linear(inputs, outputs, bias=bias, dtype=torch.float64)
+    x = torch.full((1, rows, inputs), 300.0, dtype=dtype) + torch.randn(1, rows, inputs, dtype=dtype)
     quantized = Int8Linear(linear).to(dtype)
-    exact = F.linear(x.double(), quantized.weight.double() * quantized.scale.double()[:, None])
+    exact = F.linear(x.double(), stands_for(quantized))
     exact = exact + quantized.bias.double() if bias else exact
     peer = F.linear(x, quantized.dequantized(dtype), quantized.bias)
     assert_as_accurate_as_torch(quantized(x), peer, exact)
+    with use_backend("reference"):
+        assert_as_accurate_as_torch(quantized(x), peer, exact, "the reference")
     # with gradients it may take another way
     assert_as_accurate_as_torch(quantized(x.requires_grad_()), peer, exact, "with gradients")
+
+
+@pytest.mark.parametrize("rows", [1, 32, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_int4_products_on_a_cpu(rows, dtype, bias):
+    """Up to cpu_products.INT4_ROWS rows as accurate as torch in bf16, which they are rounded to; else as in x's dtype."""
+    quantized, x = Int4Linear(nn.Linear(96, 37, bias=bias)).to(dtype), torch.randn(1, rows, 96, dtype=dtype)
+    inputs = (x, quantized.dequantized(torch.float64), quantized.bias)
+    assert torch.equal(inputs[1], stands_for(quantized))
+
+    def product(dtype):
+        return F.linear(*(t if t is None else t.to(dtype) for t in inputs))
+
+    exact = product(torch.float64)
+    rounded = torch.bfloat16 if rows <= 32 and dtype != torch.float64 else dtype
+    assert_as_accurate_as_torch(quantized(x).to(rounded), product(rounded), exact)
+    assert quantized(x).dtype == dtype
+    with use_backend("reference"):
+        assert_as_accurate_as_torch(quantized(x), product(dtype), exact, "the reference")
+    assert_as_accurate_as_torch(quantized(x.requires_grad_()), product(dtype), exact, "with gradients")
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+def test_a_change_of_rounded_weights_is_seen(kind):
+    """The copies of a CPU's products are made anew for weights that changed in place or were loaded, and go with the weights."""
+    quantized, other, x = kind(nn.Linear(64, 48)), kind(nn.Linear(64, 48)), torch.randn(1, 64)
+    assert not torch.equal(quantized(x), other(x))
+    quantized.load_state_dict(other.state_dict())
+    assert torch.equal(quantized(x), other(x))
+    kept = len(cpu_products._copies)
+    del quantized, other
+    assert len(cpu_products._copies) < kept
+
+
+@pytest.mark.parametrize("op", ["_bags", "_int4"])
+@pytest.mark.parametrize("fault", [AttributeError, RuntimeError, None])
+def test_without_torchs_ops_the_weights_are_widened(op, fault, monkeypatch):
+    def broken(x, *args):
+        if fault is not None:
+            raise fault("no such op")
+        return x.new_zeros(len(x), args[-1])
+
+    monkeypatch.setattr(cpu_products, op, broken)
+    for known in (cpu_products._bags_are_exact, cpu_products._int4_is_exact):
+        known.cache_clear()
+    quantized, x = (Int8Linear if op == "_bags" else Int4Linear)(nn.Linear(64, 48)), torch.randn(1, 64)
+    try:
+        torch.testing.assert_close(quantized(x), F.linear(x, quantized.dequantized(x.dtype), quantized.bias))
+    finally:
+        for known in (cpu_products._bags_are_exact, cpu_products._int4_is_exact):
+            known.cache_clear()
+
+
+def test_four_bits_are_the_nearest_of_sixteen_steps():
+    linear = nn.Linear(64, 40)
+    with torch.no_grad():
+        linear.weight[3, :32] = 0.25  # a group of one value
+        linear.weight[4] = 0.0
+    quantized, exact = Int4Linear(linear), linear.weight.detach().double()
+    assert quantized.weight.dtype == torch.uint8
+    assert quantized.weight.shape == (40, 32)
+    groups = exact.unflatten(1, (2, 32))
+    span = groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)
+    # Half a step, and what rounding step and middle to 8 bits moves at the ends.
+    error = (stands_for(quantized).unflatten(1, (2, 32)) - groups).abs()
+    assert (error <= span / 30 + groups.abs().amax(-1, keepdim=True) * 2**-7).all()
+    assert error.square().mean().sqrt() <= 1.1 * (span.square().mean() / 15**2 / 12).sqrt()
+    assert torch.equal(quantized.dequantized(torch.float32)[3, :32], torch.full((32,), 0.25))
+    assert torch.equal(quantized.dequantized(torch.float32)[4], torch.zeros(64))
+    size = sum(t.numel() * t.itemsize for t in (quantized.weight, quantized.scale))
+    assert 8 * size == 5 * exact.numel()
 
 
 def test_products_on_a_cpu_under_autocast_do_not_overflow():
@@ -139,8 +231,12 @@ def test_copies_and_state_dicts_carry_the_integers(model):
 
 
 def test_what_cannot_be_quantized_is_named(model, tmp_path):
-    with pytest.raises(ValueError, match=r"weights must be one of \('int8',\), got 'int4'"):
-        quantize(model, "int4")
+    with pytest.raises(ValueError, match=r"weights must be one of \('int8', 'int4'\), got 'int2'"):
+        quantize(model, "int2")
+    with pytest.raises(ValueError, match=r"W_query: a row of weights must be a multiple of 32 to become int4, got 48"):
+        quantize(tiny_model(emb_dim=48), "int4")
+    with pytest.raises(ValueError, match="int4 weights are read on a CPU alone, got a tensor on meta; use int8 there"):
+        Int4Linear(nn.Linear(32, 8))(torch.randn(1, 32, device="meta"))
     with pytest.raises(TypeError, match=r"no nn.Linear; it is quantized already"):
         quantize(quantize(model))
     with pytest.raises(ValueError, match=r"26 places.*\n.*trf_blocks.0.att.W_query.scale has no place"):
