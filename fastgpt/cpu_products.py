@@ -43,9 +43,10 @@ INT8_ROWS = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 16}
 INT4_ROWS = 32
 
 # Outputs that a tile of int8 weights holds, and inputs at most. Wide tiles are read faster, narrow ones give every core some. One
-# row, two cores, us at 128, 256 and 512 wide: 768 x 768 42, 45, 55; 3072 x 768 110, 96, 133; 50257 x 768 1334, 1176, 1465. A tile's
-# products are summed one after the other: at 768, 192 and 64 inputs the error is 2.7, 1.4 and 0.9 times that of torch's product.
-TILE, DEEP = 256, 64
+# row, two cores, us at 128, 256 and 512 wide: 768 x 768 42, 45, 55; 3072 x 768 110, 96, 133; 50257 x 768 1334, 1176, 1465.
+# A tile's products are summed one after the other: 768, 192 and 64 in a row have 2.7, 1.4 and 0.9 times the error of torch's
+# product. Few inputs are divided too, since torch's error falls with their number.
+TILE, DEEP, LEAST = 256, 64, 4
 
 
 @functools.cache
@@ -206,9 +207,10 @@ def _packed(weight: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _tiles(weight: Tensor) -> Tensor:
-    """int8 [N, K] as uint8 [tiles, inputs, TILE + 8]: a row for each of a tile's inputs, and behind it 1.0 and -128.0: 1.0 q - 128.0.
+    """int8 [N, K] as uint8 [tiles, inputs, TILE + 8]: q + 128 of a tile's outputs, a row an input.
 
-    The tiles of the first inputs come first; zeros fill the last ones.
+    The tiles of the first inputs come first; zeros fill the last ones. Behind each row stand 1.0 and -128.0, the scale and the
+    offset that a row of embeddings has.
     """
     N, K = weight.shape
     depth, deep = _depths(K)
@@ -219,7 +221,7 @@ def _tiles(weight: Tensor) -> Tensor:
 
 def _depths(K: int) -> tuple[int, int]:
     """How many tiles lie behind each other, and how many of the K inputs each has."""
-    depth = -(-K // DEEP)
+    depth = max(-(-K // DEEP), LEAST)
     return depth, -(-K // depth)
 
 

@@ -64,7 +64,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         exact = linear.weight.detach().float()
-        if not bool(exact.isfinite().all()):
+        if not exact.is_meta and not bool(exact.isfinite().all()):
             raise ValueError(f"weights must be finite to become int{self.bits}, got {exact[~exact.isfinite()][0]}")
         weight, scale = self.rounded(exact)
         self.register_buffer("weight", weight)
@@ -148,7 +148,8 @@ class Int4Linear(QuantizedLinear):
         return int4_weights(self.weight, self.scale, dtype)
 
 
-LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, Int8Linear, Int4Linear)
+ROUNDED: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
+LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, *ROUNDED.values())
 
 
 class FeedForward(nn.Module):

@@ -27,7 +27,7 @@ from fastgpt.config import ContextLengthError, GPTConfig, TokenIdError
 from fastgpt.inference import cpu, engine
 from fastgpt.inference.cache import KVCache
 from fastgpt.inference.generate import generate_tensor
-from fastgpt.layers import LINEARS, LayerNorm, MultiHeadAttention, QuantizedLinear, TransformerBlock
+from fastgpt.layers import LINEARS, ROUNDED, LayerNorm, MultiHeadAttention, QuantizedLinear, TransformerBlock
 from fastgpt.plan import Plan, TokenWeights, linear, plain
 
 _Self = TypeVar("_Self", bound="GPTModel")
@@ -281,7 +281,8 @@ class GPTModel(nn.Module):
         """Load a model: a directory or file of a format that fastgpt.checkpoints knows, by content, "bundled", or a hub name.
 
         Args:
-            source: local files come first; else a name such as "gpt2" or "owner/name" on the Hugging Face hub (extra `hub`).
+            source: local files come first, a quantized model's among them; else a name such as "gpt2" or "owner/name" on the
+                Hugging Face hub (extra `hub`).
             dtype: of the parameters; None keeps what the file has, except that 16-bit files become fp32 on the way in, as
                 transformers before 5 did, because a CPU computes fp32 best.
             revision: of the hub repository.
@@ -289,12 +290,39 @@ class GPTModel(nn.Module):
 
         Returns the model in eval mode on the CPU. Raises ValueError with every mismatch listed; nothing is half-loaded.
         """
+        if (rounded := weights.load_rounded(source)) is not None:
+            return cls._of_rounded_weights(*rounded, dtype)
         config, tensors = weights.load_pretrained(source, revision=revision, allow_pickle=allow_pickle)
         with torch.device("meta"):
             model = cls(config)
         model.load_state_dict(weights.padded(weights.widened(tensors, dtype), config), assign=True)
         if config.tie_weights:
             model.out_head.weight = model.tok_emb.weight
+        return model.eval()
+
+    @classmethod
+    def _of_rounded_weights(
+        cls, config: GPTConfig, tensors: Mapping[str, Tensor], kind: str, dtype: torch.dtype | None
+    ) -> GPTModel:
+        if kind not in ROUNDED:
+            raise weights.CheckpointError(f"config.json has weights={kind!r}, which is none of {tuple(ROUNDED)}")
+        with torch.device("meta"):
+            model = cls(config)
+            for module in list(model.modules()):
+                for name, child in module.named_children():
+                    if type(child) is nn.Linear:
+                        setattr(module, name, ROUNDED[kind](child))
+        wanted = model.state_dict()
+        wrong = [f"{name} is missing" for name in wanted if name not in tensors]
+        for name, tensor in tensors.items():
+            if name not in wanted:
+                wrong.append(f"{name} has no place")
+            elif tensor.shape != (like := wanted[name]).shape or tensor.is_floating_point() != like.is_floating_point():
+                wrong.append(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {like.dtype} {list(like.shape)}")
+        if wrong:
+            raise weights.CheckpointError(f"{len(wrong)} tensors aren't the model's:\n  " + "\n  ".join(wrong))
+        rounded = {name: tensors[name] for name, _ in model.named_buffers()}
+        model.load_state_dict({**weights.widened(tensors, dtype), **rounded}, assign=True)
         return model.eval()
 
     def save_pretrained(
@@ -306,12 +334,25 @@ class GPTModel(nn.Module):
     ) -> None:
         """Write config.json and model.safetensors, which transformers and vLLM read as GPT-2 where the config has that form.
 
+        Of a quantized model they hold the integers, and `from_pretrained` alone reads them.
+
         Args:
             directory: made when missing. Each file is written beside its place, synced and renamed.
-            dtype: stored dtype; None keeps the parameters' own.
+            dtype: stored dtype of the parameters; None keeps their own.
             max_shard_bytes: larger weights are written as shards of at most so many bytes, with an index.
         """
-        weights.save_pretrained(self.config, self.state_dict(), directory, dtype, max_shard_bytes)
+        found = {type(module) for module in self.modules() if type(module) in LINEARS}
+        if not found & set(ROUNDED.values()):
+            weights.save_pretrained(self.config, self.state_dict(), directory, dtype, max_shard_bytes)
+            return
+        if len(found) > 1:
+            raise ValueError(
+                f"the matrices must be of one kind to be saved, got {sorted(kind.__name__ for kind in found)}"
+            )
+        (kind,) = (name for name, kind in ROUNDED.items() if kind in found)
+        state, rounded = self.state_dict(), {name for name, _ in self.named_buffers()}
+        state = {name: t if name in rounded or dtype is None else t.to(dtype) for name, t in state.items()}
+        weights.save_rounded(self.config, state, directory, kind, max_shard_bytes)
 
     @property
     def device(self) -> torch.device:

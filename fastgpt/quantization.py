@@ -15,13 +15,11 @@ from typing import TypeVar
 
 from torch import nn
 
-from fastgpt.layers import Int4Linear, Int8Linear, QuantizedLinear
+from fastgpt.layers import ROUNDED
 from fastgpt.model import GPTModel
 from fastgpt.plan import plain
 
 _G = TypeVar("_G", bound=GPTModel)
-
-FORMATS: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
 
 
 def quantize(model: _G, weights: str = "int8") -> _G:
@@ -30,7 +28,7 @@ def quantize(model: _G, weights: str = "int8") -> _G:
     For inference. On a GPU, `generate` reads int8 weights for up to 8 rows at a time; on a CPU a few rows at a time read int8
     or int4. Prompts and larger batches multiply with weights in the model's dtype, made from the integers in each forward, which
     saves memory and no time. A CPU keeps a second copy of the integers, in the order in which it reads them. A tied head is
-    rounded beside the embedding that it was tied to.
+    rounded beside the embedding that it was tied to. `save_pretrained` writes a form of fastgpt's own.
 
     Args:
         model: any GPTModel, on any device, of any dtype.
@@ -40,8 +38,8 @@ def quantize(model: _G, weights: str = "int8") -> _G:
         ValueError: another format; weights that are not finite, or for int4 of a width that isn't a multiple of 32.
         TypeError: a Linear that was subclassed or has hooks, which a replacement would lose; or there is none.
     """
-    if weights not in FORMATS:
-        raise ValueError(f"weights must be one of {tuple(FORMATS)}, got {weights!r}")
+    if weights not in ROUNDED:
+        raise ValueError(f"weights must be one of {tuple(ROUNDED)}, got {weights!r}")
     replaced: dict[int, nn.Module] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -50,7 +48,7 @@ def quantize(model: _G, weights: str = "int8") -> _G:
                     f"{name} must be a plain nn.Linear to become {weights}, got {type(module).__name__} or its hooks"
                 )
             try:
-                replaced[id(module)] = FORMATS[weights](module)
+                replaced[id(module)] = ROUNDED[weights](module)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
     if not replaced:

@@ -69,6 +69,10 @@ def from_config_json(raw: Mapping[str, Any]) -> GPTConfig:
         kind, activation = raw.get("model_type", "gpt2"), raw.get("activation_function", "gelu_new")
         if kind not in ("gpt2", "fastgpt"):
             raise CheckpointError(f"config.json is of model_type {kind!r}; only 'gpt2' and 'fastgpt' load")
+        if "weights" in raw:
+            raise CheckpointError(
+                f"config.json is of a model with {raw['weights']} weights, which GPTModel.from_pretrained alone loads"
+            )
         for name, value in GPT2_FIXED.items():
             if raw.get(name, value) != value:
                 raise CheckpointError(f"config.json has {name}={raw[name]!r}, which this model has no way to compute")

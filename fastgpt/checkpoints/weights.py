@@ -9,6 +9,7 @@
 
     save_pretrained(config, state dict, directory)      config.json and model.safetensors, or shards of it
     save_as(config, state dict, path, format)           "hf", "nanogpt", "llms-from-scratch" or "llmc"
+    save_rounded, load_rounded                          of int8 and int4 weights, which no other program reads
 
 What a file doesn't say itself stands in config.json beside it: transformers', the book's seven keys, or ours; a GPT-2 file alone
 tells its sizes by its shapes. Everything is checked against the config before a tensor is read, and every mismatch is listed.
@@ -35,6 +36,7 @@ from fastgpt.checkpoints.dialects import (
     config_json,
     from_config_json,
     from_hparams,
+    own_config,
     read_json,
 )
 from fastgpt.checkpoints.layouts import checked, infer, padded, pieces, plan, settle, to_layout, widened
@@ -51,9 +53,11 @@ __all__ = [
     "expected_shapes",
     "load",
     "load_pretrained",
+    "load_rounded",
     "padded",
     "save_as",
     "save_pretrained",
+    "save_rounded",
     "widened",
 ]
 
@@ -127,6 +131,35 @@ def save_pretrained(
     layout = "fastgpt" if differences(config, "gpt2") else "gpt2"
     formats.write_safetensors(config, to_layout(config, tensors, layout), Path(directory), max_shard_bytes)
     write_text(Path(directory) / "config.json", json.dumps(config_json(config), indent=2) + "\n")
+
+
+def save_rounded(
+    config: GPTConfig,
+    state_dict: Mapping[str, Tensor],
+    directory: str | os.PathLike[str],
+    weights: str,
+    max_shard_bytes: int | None = None,
+) -> None:
+    """Write model.safetensors and config.json of a quantized GPTModel, tensor by tensor as its state dict has them.
+
+    The config.json is of model_type "fastgpt" and says under "weights" what the matrices are, so that no other program takes it
+    for a GPT-2.
+    """
+    formats.write_safetensors(config, dict(state_dict), Path(directory), max_shard_bytes)
+    said = {"model_type": "fastgpt", "weights": weights, "fastgpt": config.to_dict()}
+    write_text(Path(directory) / "config.json", json.dumps(said, indent=2) + "\n")
+
+
+def load_rounded(source: str | os.PathLike[str]) -> tuple[GPTConfig, dict[str, Tensor], str] | None:
+    """(config, state dict, weights) of what `save_rounded` wrote to a local directory; None for anything else."""
+    directory = Path(source)
+    if not (directory / "config.json").is_file() or "weights" not in (raw := read_json(directory / "config.json")):
+        return None
+    with formats.open_safetensors(_locate(directory, None, False)[1]) as opened:
+        config = own_config(raw.get("fastgpt"), str(directory / "config.json"))
+        if opened.config is not None:
+            agree(config, opened.config, str(directory / "config.json"))
+        return config, {name: opened.read(name).clone() for name in opened.shapes}, raw["weights"]
 
 
 def save_as(

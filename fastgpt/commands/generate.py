@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="with --temperature 0: guess K tokens ahead from the text so far",
     )
-    parser.add_argument("--int8", action="store_true", help="round the weights to 8 bits once they are loaded")
+    rounded = parser.add_mutually_exclusive_group()
+    rounded.add_argument("--int8", action="store_true", help="round the weights to 8 bits once they are loaded")
+    rounded.add_argument("--int4", action="store_true", help="round them to 4 bits, which are read on a CPU alone")
     parser.add_argument("--no-cache", action="store_true", help="recompute everything for each token")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
     dtype_option(parser)
@@ -69,8 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     if "" in arguments.stop:
         raise ValueError("--stop must not be empty")
     model, tokenizer = load_model(arguments)
-    if arguments.int8:
-        model = quantize(model)
+    if arguments.int8 or arguments.int4:
+        model = quantize(model, "int8" if arguments.int8 else "int4")
     prompt = tokenizer.encode(text)
     if not prompt:
         if tokenizer.end_of_text is None:

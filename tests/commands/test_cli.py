@@ -55,8 +55,10 @@ def test_generate_continues_the_prompt_with_the_models_own_tokens(capsys):
     assert printed == tokenizer.decode(model.generate(torch.tensor([ids]), 12)[0].tolist()) + "\n"
 
 
-@pytest.mark.parametrize(("dtype", "lookup"), [("float32", 4), ("bfloat16", 0)])
-def test_generate_from_int8_weights_and_by_lookup(dtype, lookup, capsys):
+@pytest.mark.parametrize(
+    ("weights", "dtype", "lookup"), [("int8", "float32", 4), ("int8", "bfloat16", 0), ("int4", "float32", 0)]
+)
+def test_generate_from_rounded_weights_and_by_lookup(weights, dtype, lookup, capsys):
     """Beside the tokens of the quantized model, and the number of forwards that lookup saves."""
     prompt = "for i in range(10):\n    print(i)\n" * 4
     calls: list[int] = []
@@ -65,11 +67,11 @@ def test_generate_from_int8_weights_and_by_lookup(dtype, lookup, capsys):
     )
     options = ["--max-new-tokens", "12", "--temperature", "0", "--json", "--device", "cpu"]
     try:
-        assert main(["generate", prompt, *options, "--int8", "--dtype", dtype, "--lookup", str(lookup)]) == 0
+        assert main(["generate", prompt, *options, f"--{weights}", "--dtype", dtype, "--lookup", str(lookup)]) == 0
     finally:
         hook.remove()
     record = json.loads(capsys.readouterr().out)
-    model = quantize(GPTModel.from_pretrained("bundled", dtype=getattr(torch, dtype)))
+    model = quantize(GPTModel.from_pretrained("bundled", dtype=getattr(torch, dtype)), weights)
     ids = load_tokenizer(BUNDLED).encode(prompt)
     assert record["tokens"] == model.generate(torch.tensor([ids]), 12)[0, len(ids) :].tolist()
     assert len(calls) < 12 if lookup else len(calls) == 12
