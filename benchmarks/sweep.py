@@ -150,7 +150,7 @@ def constants() -> dict[str, Constant]:
         Constant("gelu-tiles", "gelu._TILES", gelu.BIAS_GELU, "backward", (2, 4, 8, 16)),
         Constant("embedding-loads", "embedding._FWD_LOADS", embedding.EMBEDDING, "forward", (1, 2, 4, 8)),
         Constant("activation-programs", "linear.PROGRAMS_PER_SM", linear.GELU, "backward", (2, 4, 6, 8)),
-        Constant("cross-entropy-lanes", "cross_entropy.MAX_LANES", ce, "both", (256, 512, 1024, 2048)),
+        Constant("cross-entropy-lanes", "_cross_entropy_rows.MAX_LANES", ce, "both", (256, 512, 1024, 2048)),
         Constant(
             "cross-entropy-chunk",
             "cross_entropy.CHUNK_BYTES",

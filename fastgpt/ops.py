@@ -36,6 +36,7 @@ OPS = (
     "decode_attention",
     "cross_entropy",
     "linear_cross_entropy",
+    "linear_cross_entropy_with_statistics",
 )
 
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -255,8 +256,16 @@ def decode_attention(
     return _module("decode_attention", q).decode_attention(q, k_cache, v_cache, lengths, first)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
-    return _module("cross_entropy", logits).cross_entropy(logits, targets, ignore_index, reduction)
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    module = _module("cross_entropy", logits)
+    return module.cross_entropy(logits, targets, ignore_index, reduction, label_smoothing, z_loss)
 
 
 def linear_cross_entropy(
@@ -266,5 +275,23 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
-    return _module("linear_cross_entropy", x).linear_cross_entropy(x, weight, targets, bias, ignore_index, reduction)
+    module = _module("linear_cross_entropy", x)
+    return module.linear_cross_entropy(x, weight, targets, bias, ignore_index, reduction, label_smoothing, z_loss)
+
+
+def linear_cross_entropy_with_statistics(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    module = _module("linear_cross_entropy", x)
+    how = ignore_index, reduction, label_smoothing, z_loss
+    return module.linear_cross_entropy_with_statistics(x, weight, targets, bias, *how)

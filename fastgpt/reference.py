@@ -253,14 +253,30 @@ def decode_attention(
     return _safe_softmax(scores.masked_fill(~visible[:, None], -math.inf)).to(q.dtype) @ v
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
     """Cross-entropy of logits [N, V] with targets int64 [N]. "mean" divides by the targets that aren't `ignore_index`.
 
-    The result is fp32 (float64 for float64 logits). As in torch, the mean over no targets is NaN.
+    label_smoothing e makes the target's probability 1 - e + e / V and every other's e / V. z_loss adds so much of each row's
+    logsumexp squared, which keeps it near 0 (https://arxiv.org/abs/2204.02311, section 5). The result is fp32 (float64 for
+    float64 logits). As in torch, the mean over no targets is NaN.
     """
-    return F.cross_entropy(
-        logits.to(_at_least_float32(logits.dtype)), targets, ignore_index=ignore_index, reduction=reduction
-    )
+    logits = logits.to(_at_least_float32(logits.dtype))
+    rows = "none" if z_loss else reduction
+    loss = F.cross_entropy(logits, targets, None, None, ignore_index, None, rows, label_smoothing)
+    if not z_loss:
+        return loss
+    used = targets != ignore_index
+    loss = loss + (z_loss * logits.logsumexp(-1).square()).masked_fill(~used, 0.0)
+    if reduction == "none":
+        return loss
+    return loss.sum() / used.sum() if reduction == "mean" else loss.sum()
 
 
 def linear_cross_entropy(
@@ -270,9 +286,32 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
-    """cross_entropy(x @ weight.T + bias, targets). x [N, C], weight [V, C], bias [V], targets int64 [N]."""
-    return cross_entropy(F.linear(x, weight, bias), targets, ignore_index, reduction)
+    """cross_entropy(x @ weight.T + bias, targets, ...). x [N, C], weight [V, C], bias [V], targets int64 [N]."""
+    return cross_entropy(F.linear(x, weight, bias), targets, ignore_index, reduction, label_smoothing, z_loss)
+
+
+def linear_cross_entropy_with_statistics(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(linear_cross_entropy(...), logsumexp [N] in fp32, whether no token was more likely than the target [N]).
+
+    The latter two have no gradient; they are 0 and False where the target is `ignore_index`.
+    """
+    logits = F.linear(x, weight, bias)
+    loss = cross_entropy(logits, targets, ignore_index, reduction, label_smoothing, z_loss)
+    wide, used = logits.detach().to(_at_least_float32(logits.dtype)), targets != ignore_index
+    chosen = wide.gather(1, targets.where(used, 0)[:, None])[:, 0]
+    return loss, wide.logsumexp(-1).where(used, 0.0), used & (chosen == wide.amax(-1))
 
 
 def activate(x: Tensor, activation: str | None) -> Tensor:

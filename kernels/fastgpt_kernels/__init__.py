@@ -1,7 +1,11 @@
 """Triton kernels for GPT-2-family models, forward and backward, behind the signatures of `fastgpt.reference`."""
 
 from fastgpt_kernels.attention import attention, packed_attention
-from fastgpt_kernels.cross_entropy import cross_entropy, linear_cross_entropy
+from fastgpt_kernels.cross_entropy import (
+    cross_entropy,
+    linear_cross_entropy,
+    linear_cross_entropy_with_statistics,
+)
 from fastgpt_kernels.decode import decode_attention
 from fastgpt_kernels.dropout import dropout_add
 from fastgpt_kernels.embedding import embedding
@@ -22,6 +26,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_cross_entropy_with_statistics",
     "mlp",
     "packed_attention",
     "softmax",

@@ -349,7 +349,7 @@ def sample_tokens_cases(scope: Scope) -> Iterator[Case]:
 
 
 def cross_entropy_cases(scope: Scope) -> Iterator[Case]:
-    from .cross_entropy import cross_entropy, linear_cross_entropy
+    from .cross_entropy import cross_entropy, linear_cross_entropy, linear_cross_entropy_with_statistics
 
     def run(dtype: torch.dtype, V: int, reduction: str, grad: bool) -> None:
         loss = cross_entropy(meta(ROWS, V, dtype=dtype, grad=grad), meta(ROWS, dtype=torch.int64), reduction=reduction)
@@ -360,10 +360,17 @@ def cross_entropy_cases(scope: Scope) -> Iterator[Case]:
         x, weight = meta(ROWS, width, dtype=dtype, grad=True), meta(VOCABULARY, width, dtype=dtype, grad=True)
         backward(linear_cross_entropy(x, weight, meta(ROWS, dtype=torch.int64), reduction=reduction))
 
+    def run_smoothed(dtype: torch.dtype) -> None:
+        x, weight = meta(ROWS, 768, dtype=dtype, grad=True), meta(VOCABULARY, 768, dtype=dtype, grad=True)
+        targets = meta(ROWS, dtype=torch.int64)
+        backward(linear_cross_entropy_with_statistics(x, weight, targets, label_smoothing=0.1, z_loss=1e-4)[0])
+
     for name, V in itertools.product(scope.dtypes, (VOCABULARY, 50304)):
         for reduction, grad in itertools.product(("mean", "sum", "none"), (True, False)):
             label = f"{name} V={V} {reduction}{'' if grad else ' no grad'}"
             yield Case("cross_entropy", label, partial(run, DTYPES[name], V, reduction, grad))
+    for name in scope.dtypes:
+        yield Case("linear_cross_entropy", f"{name} smoothed", partial(run_smoothed, DTYPES[name]))
     for name, dtype, width, _ in scope.over(scope.widths):
         for reduction in ("mean", "none"):
             yield Case(

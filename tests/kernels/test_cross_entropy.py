@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from compare import assert_as_accurate_as_torch
-from mutants import mutant
+from mutants import mutants
 
 from fastgpt import reference
 from fastgpt_kernels import _launch
@@ -203,7 +203,7 @@ def test_a_second_backward_raises(device):
 
 @pytest.fixture
 def two_rows_a_chunk(monkeypatch):
-    monkeypatch.setattr(kernels, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(kernels, "_chunk_bytes", lambda device: 1)
     monkeypatch.setattr(kernels, "CHUNK_MULTIPLE", 2)
 
 
@@ -243,10 +243,10 @@ def test_linear_frozen_and_tied(device):
 
 
 def test_linear_keeps_no_large_logits():
-    """At GPT-2's sizes and beyond, a chunk is half a gigabyte at most and none is much smaller than the others."""
+    """At GPT-2's sizes and beyond, a chunk is two gigabytes at most and none is much smaller than the others."""
     for N in (1, 1000, 8192, 65536, 1_000_000):
         for V, dtype in ((50257, torch.bfloat16), (50257, torch.float32), (200_000, torch.bfloat16)):
-            rows = kernels._rows_per_chunk(N, V, dtype)
+            rows = kernels._rows_per_chunk(N, V, 768, dtype, torch.device("cpu"))
             assert rows <= N
             assert rows * V * dtype.itemsize <= kernels.CHUNK_BYTES + 128 * V * dtype.itemsize
             last = N % rows or rows
@@ -275,11 +275,14 @@ def test_opcheck(device):
         torch.randn(19, device=device),
     )
     scale, half = torch.rand(5, device=device), torch.tensor(0.5, device=device)
-    for args in ((logits, targets, None, -100, True), (logits.t().contiguous().t(), targets, scale, -100, False)):
+    strided = logits.t().contiguous().t()
+    for args in ((logits, targets, None, -100, 0.1, 0.2, True), (strided, targets, scale, -100, 0.0, 0.0, False)):
         torch.library.opcheck(kernels._cross_entropy.op, args)
     torch.library.opcheck(kernels._scale_.op, (logits.clone(), half))
     torch.library.opcheck(kernels._scaled.op, (logits, half, torch.float16))
-    for args in ((None, targets, None, -100, [True, True, False]), (bias, targets, scale, -100, [True, True, True])):
+    plain = None, targets, None, -100, 0.0, 0.0, [True, True, False], False
+    given = bias, targets, scale, -100, 0.1, 0.2, [True, True, True], True
+    for args in (plain, given):
         torch.library.opcheck(kernels._linear_cross_entropy.op, (x, weight, *args))
 
 
@@ -364,20 +367,20 @@ MUTANTS = {
     "vectors missed": ("mask = (start + cols < n_body) & used", "mask = (start + cols < n_body - VEC) & used"),
     "ignored rows not zero": ("tl.where(used, loss, 0.0)", "loss"),
     "gradient's vectors missed": ("in_row = start + cols < n_body", "in_row = start + cols < n_body - VEC"),
-    "target's one forgotten": ("_exp(x_target - m_row) * factor - scale", "_exp(x_target - m_row) * factor"),
+    "target's one forgotten": ("- smooth - scale * (1.0 - SMOOTHING)", "- smooth"),
     "incoming gradient forgotten": ("tl.where(used, scale / l_row, 0.0)", "tl.where(used, 1.0 / l_row, 0.0)"),
     "one scale for all rows": ("row_scale.stride(0) if", "0 if"),
     "count includes ignored": ("(targets != ignore_index).sum()", "(targets == targets).sum()"),
     "scale applied to some": ("if tl.program_id(0) == 0:", "if tl.program_id(0) == 1:"),
     "chunks overwrite dweight": ("beta=min(start, 1)", "beta=0"),
-    "chunks share targets": ("targets[start:stop], scale", "targets[: stop - start], scale"),
+    "chunks share targets": ("chunk, targets[start:stop], scale", "chunk, targets[: stop - start], scale"),
 }
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name, device, monkeypatch):
-    ops = mutant("cross_entropy", *MUTANTS[name])
-    monkeypatch.setattr(ops, "CHUNK_BYTES", 1)
+    _, ops = mutants(("_cross_entropy_rows", "cross_entropy"), *MUTANTS[name])
+    monkeypatch.setattr(ops, "_chunk_bytes", lambda device: 1)
     monkeypatch.setattr(ops, "CHUNK_MULTIPLE", 2)
     targets = some_targets(3, 603, device, ignored=1)
     logits = torch.randn(3, 603, device=device) + 3
