@@ -260,6 +260,7 @@ def layer_norm_bwd(dy, dtotal, total, weight, bias, mean, rstd, dropout_p, seed,
         dy.stride(0), 0 if dtotal is None else dtotal.stride(0), total.stride(0), M, dropout_p, keep_scale(dropout_p),
         N=N, ROWS=rows, CHUNK=chunk, STAGES=stages, ROW_COUNTERS=triton.next_power_of_2(N), num_warps=num_warps,
         maxnreg=registers,
+        enable_fp_fusion=N > 1,  # of one column dx is 0, and an FMA of dy * weight - mean_g leaves what rounding took of mean_g
     )  # fmt: skip
     column_sums(partial_dweight, dweight, partial_dbias, None if bias is None else dbias)
     return outputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ def pytest_addoption(parser, pluginmanager):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
+    if config.rootpath != Path(__file__).parent:
+        raise pytest.UsageError("tests/ptx_machine is a run of its own: python -m pytest tests/ptx_machine")
     torch.set_num_threads(1)
     if config.option.sample_seed is None:  # before xdist's workers start, who are told it
         config.option.sample_seed = random.randrange(10_000)
