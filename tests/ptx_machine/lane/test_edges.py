@@ -10,6 +10,7 @@ import fastgpt_kernels as kernels
 from fastgpt import reference
 
 
+@pytest.mark.one_of("attention of large scores")
 @pytest.mark.parametrize("factor", [100, 1000])
 @pytest.mark.parametrize(("length", "causal"), [(140, True), (65, False)])
 def test_attention_of_large_scores_in_fp32(arch, factor, length, causal):
