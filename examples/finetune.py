@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = GPTModel.from_pretrained(arguments.model).to(device)
+    model = GPTModel.from_pretrained(arguments.model, device)
     tokenizer = load_tokenizer(arguments.model if Path(arguments.model).is_dir() else "gpt2")
     tokens = encode_documents(tokenizer, [read_text(arguments.text)])
     training, held_out = split_validation(tokens, 0.05, 2 * arguments.context + 1)
@@ -47,7 +47,7 @@ def main() -> None:
     data = TokenStream(training, arguments.context, settings.batch_size)
     Trainer(model, tokenizer, data, TokenStream(held_out, arguments.context, 4), settings, arguments.out).run()
 
-    after = evaluate(GPTModel.from_pretrained(arguments.out).to(device), tokenizer, unseen).bits_per_byte
+    after = evaluate(GPTModel.from_pretrained(arguments.out, device), tokenizer, unseen).bits_per_byte
     print(f"held-out text: {before:.4f} bits per byte before, {after:.4f} after {arguments.max_steps} steps")
 
 

@@ -273,8 +273,9 @@ class GPTModel(nn.Module):
     def from_pretrained(
         cls,
         source: str | os.PathLike[str],
-        *,
+        device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        *,
         revision: str | None = None,
         allow_pickle: bool = False,
     ) -> GPTModel:
@@ -283,22 +284,25 @@ class GPTModel(nn.Module):
         Args:
             source: local files come first, a quantized model's among them; else a name such as "gpt2" or "owner/name" on the
                 Hugging Face hub (extra `hub`).
+            device: where the model goes, such as "cuda"; None: the CPU.
             dtype: of the parameters; None keeps what the file has, except that 16-bit files become fp32 on the way in, as
                 transformers before 5 did, because a CPU computes fp32 best.
             revision: of the hub repository.
             allow_pickle: also open what torch.save wrote, by torch.load(weights_only=True).
 
-        Returns the model in eval mode on the CPU. Raises ValueError with every mismatch listed; nothing is half-loaded.
+        Returns the model in eval mode. Raises ValueError for a device that isn't here, and with every mismatch of the file
+        listed; nothing is half-loaded.
         """
+        where = ops.device_of("cpu" if device is None else device)
         if (rounded := weights.load_rounded(source)) is not None:
-            return cls._of_rounded_weights(*rounded, dtype)
+            return cls._of_rounded_weights(*rounded, dtype).to(where)
         config, tensors = weights.load_pretrained(source, revision=revision, allow_pickle=allow_pickle)
         with torch.device("meta"):
             model = cls(config)
         model.load_state_dict(weights.padded(weights.widened(tensors, dtype), config), assign=True)
         if config.tie_weights:
             model.out_head.weight = model.tok_emb.weight
-        return model.eval()
+        return model.eval().to(where)
 
     @classmethod
     def _of_rounded_weights(

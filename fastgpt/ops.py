@@ -58,6 +58,17 @@ def use_backend(name: str) -> Iterator[None]:
         _backend = previous
 
 
+def device_of(name: str | torch.device) -> torch.device:
+    """The device of that name; ValueError for what is none, and for CUDA where torch sees none."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be cpu, cuda, cuda:N or mps, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(name)!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
+    return device
+
+
 def current_backend() -> str:
     """The backend in force: `use_backend`'s, else FASTGPT_BACKEND's as it was at import, else "auto"."""
     return _checked(_backend, "FASTGPT_BACKEND")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -388,3 +389,16 @@ def test_a_cpus_decoder_is_as_accurate_as_the_modules(rows, dtype, weights, monk
     peer = last(model)
     assert len(calls) == 1
     assert_as_accurate_as_torch(got, peer, last(copy.deepcopy(model).double()))
+
+
+def test_from_pretrained_puts_the_model_where_it_is_asked_for(device):
+    here, there = GPTModel.from_pretrained("bundled"), GPTModel.from_pretrained("bundled", "meta", torch.bfloat16)
+    assert (here.device.type, there.device.type, there.tok_emb.weight.dtype) == ("cpu", "meta", torch.bfloat16)
+    moved = GPTModel.from_pretrained("bundled", device)
+    assert moved.device.type == device.type
+    assert moved.out_head.weight is moved.tok_emb.weight
+    wrong = [("tpu9", "got 'tpu9'"), (torch.float32, "got torch.float32")]
+    wrong += [] if torch.cuda.is_available() else [("cuda:1", "device 'cuda:1' was asked for, but torch")]
+    for name, message in wrong:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            GPTModel.from_pretrained("bundled", name)

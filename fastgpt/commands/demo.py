@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the demo; returns 1 if generation with and without the cache ever disagree, else 0."""
     device = pick_device(arguments.device)
-    model = GPTModel.from_pretrained("bundled").to(device)
+    model = GPTModel.from_pretrained("bundled", device)
     tokenizer = load_tokenizer(BUNDLED)
     config = model.config
     print(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from fastgpt import ops
 from fastgpt.checkpoints.names import DTYPES
 from fastgpt.checkpoints.weights import BUNDLED, HUB_NAMES
 from fastgpt.model import GPTModel
@@ -39,20 +40,14 @@ def pick_device(name: str | None) -> torch.device:
     """The device of that name; by default CUDA where there is one, else the CPU."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device must be cpu, cuda, cuda:N or mps, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
-    return device
+    return ops.device_of(name)
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[GPTModel, Tokenizer]:
     """The model of --model on --device in --dtype, and its tokenizer."""
     device = pick_device(arguments.device)
     dtype = DTYPE_FLAGS.get(arguments.dtype, torch.bfloat16 if device.type == "cuda" else None)
-    model = GPTModel.from_pretrained(arguments.model, dtype=dtype).to(device)
+    model = GPTModel.from_pretrained(arguments.model, device, dtype)
     source = BUNDLED if arguments.model == "bundled" else arguments.model
     path = Path(source)
     tokenizer = load_tokenizer(path if path.is_dir() else path.parent if path.is_file() else "gpt2")
