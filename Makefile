@@ -4,6 +4,7 @@
 #   make test    the whole suite: reference, Triton interpreter, ahead-of-time compiling, and on a GPU the gpu lane
 #   make bench   benchmarks beside transformers and llms_from_scratch; the report is out/bench/<machine>/report/report.md
 #   make lint    ruff and mypy
+#   make docs    the API reference, out/docs/index.html; a warning is an error
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ BIN = $(VENV)/bin
 # Two workers suit two cores; each computes with one thread.
 WORKERS ?= 2
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastgpt demo
@@ -27,6 +28,17 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Every module without an underscore: pdoc alone leaves out those that a package's __all__ doesn't name. Two of its warnings are
+# about itself: modules that it would have found too, and the types that NamedTuple makes of annotations.
+SOURCES = $(wildcard fastgpt/*.py fastgpt/*/*.py fastgpt/*/*/*.py) $(patsubst kernels/%,%,$(wildcard kernels/fastgpt_kernels/*.py))
+NAMES = $(subst /,.,$(patsubst %.py,%,$(patsubst %/__init__.py,%.py,$(SOURCES))))
+MODULES = $(foreach name,$(NAMES),$(if $(findstring ._,$(name)),,$(name)))
+STRICT = -W error -W "ignore:The module specification" -W "ignore:Error parsing type annotation ForwardRef"
+
+docs: $(VENV)/.tested
+	rm -rf out/docs
+	$(BIN)/python $(STRICT) -m pdoc --docformat google --no-show-source --output-directory out/docs $(MODULES)
 
 # torch and triton first and alone, so that the resolver takes the pinned wheels and nothing larger. Triton has no wheel for
 # macOS or Windows; there the reference path is all there is.

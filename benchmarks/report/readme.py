@@ -1,4 +1,4 @@
-"""README's result tables, from benchmarks/results/ alone: `python -m benchmarks.report --readme` fills them, a test compares."""
+"""README's table of results and RESULTS.md, from benchmarks/results/ alone: `python -m benchmarks.report --readme` makes them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ Row = dict[str, Any]
 NOT_YET = "not yet measured"
 RULE = """In each line, `fastgpt in turn` is what fastgpt did between this very peer's samples, and `fastgpt is` the
 median of their ratios with its 20th and 80th percentile; fastgpt's own line is the median of all its samples."""
+INTRODUCTION = """Made by `python -m benchmarks.report --readme` of `benchmarks/results/`. Medians; each peer's samples
+alternated with fastgpt's own, every output was checked first, and a floor is the larger of two times: bytes over the bandwidth
+and FLOPs over the product rate that were measured on the same machine. How to measure yours, and how to read a line, is on
+[the benchmarks' own page](README.md)."""
+PICTURES = """![The time of one more token against the context](pictures/context.svg)
+
+![The loss of README's training command](pictures/loss.svg)"""
+SIZES = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def filled(text: str, results: Path) -> str:
@@ -28,24 +37,57 @@ def filled(text: str, results: Path) -> str:
     return text
 
 
-def headline(results: Path) -> str:
-    """One sentence: generation on the CPU, and what is known of a GPU."""
-    _, _, rows = load(results / "cpu")
-    first = _first_case(rows, "generate")
-    ours, theirs = _of(first, OURS, "transformers")
-    sentence = (
-        f"On two CPU cores it decodes GPT-2 124M (fp32, batch 1) at {ours['rate']:.1f} tokens/s; timed in turn with "
-        f"transformers, which gives {theirs['rate']:.1f}, it is\n{ratio(theirs)} as fast. What has to be read and computed "
-        f"would allow {100 * ours['rate'] / ours['percent_of_floor']:.1f} tokens/s."
-    )
-    halves = [r for r in rows if r["benchmark"] == "generate" and r["dtype"] == "bfloat16" and r["status"] == "ok"]
-    if halves:
-        ours, theirs, int8 = _of(halves, OURS, "transformers", INT8)
-        sentence += (
-            f" In bf16 it is {ratio(theirs)} as fast as\ntransformers there, {ours['rate']:.1f} tokens/s against "
-            f"{theirs['rate']:.1f}; {int8['rate']:.1f} with int8 weights."
-        )
-    return sentence + ("" if _gpus(results) else " On a GPU nothing has been measured yet.")
+def results_page(results: Path) -> str:
+    """RESULTS.md: every table, who is missing from it and why, where a peer is ahead."""
+    lines = [
+        "# Results",
+        "",
+        INTRODUCTION,
+        "",
+        "## On a CPU",
+        "",
+        PICTURES,
+        "",
+        cpu(results),
+        "",
+        "## On a GPU",
+        "",
+        gpu(results),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def small(results: Path) -> str:
+    """README's table: GPT-2 beside the fastest peer, a line a task and dtype, and what a token costs with and without a cache."""
+    header = ("GPT-2", "fastgpt", "fastest peer", "fastgpt is")
+    body = [line for directory in (results / "cpu", *gpus(results)) for line in _lines(directory)]
+    body += [] if gpus(results) else [["on a GPU", NOT_YET, "", ""]]
+    return markdown(header, body)
+
+
+def _lines(directory: Path) -> list[list[str]]:
+    runs, _, rows = load(directory)
+    where = "two CPU cores" if directory.name == "cpu" else runs[0]["device"] if runs else ""
+    body = []
+    for name, what in (("generate", "generating"), ("train_step", "training")):
+        for dtype in dict.fromkeys(row["dtype"] for row in rows if row["benchmark"] == name):
+            chosen = first_case([row for row in rows if row["dtype"] == dtype], name)
+            (mine,) = of(chosen, OURS)
+            title = f"{what} on {where}: {SIZES[mine['size']['model']]}, batch {mine['size']['batch']}, {DTYPES[dtype]}"
+            best = best_row(rows, mine)
+            peer = [f"{best['provider']}, {number(best['rate'])}", ratio(best)] if best else ["", ""]
+            body.append([title, f"{number(mine['rate'])} tokens/s", *peer])
+            for row in chosen:
+                if row["provider"] == INT8 and row["status"] == "ok":
+                    body.append([f"{title}, weights in int8", f"{number(row['rate'])} tokens/s", "", ""])
+    tokens = [row for row in rows if row["benchmark"] == "next_token" and "ms" in row]
+    if tokens:
+        longest = max(row["size"]["context"] for row in tokens)
+        last = [row for row in tokens if row["size"]["context"] == longest]
+        mine, uncached = of(last, OURS, "fastgpt, no cache")
+        title = f"one more token on {where} behind {longest:,}: {SIZES[mine['size']['model']]}, {DTYPES[mine['dtype']]}"
+        body.append([title, f"{number(mine['ms'])} ms", f"without a cache, {number(uncached['ms'])}", ratio(uncached)])
+    return body
 
 
 def cpu(results: Path) -> str:
@@ -70,7 +112,7 @@ def cpu(results: Path) -> str:
 
 def gpu(results: Path) -> str:
     parts = []
-    for directory in _gpus(results):
+    for directory in gpus(results):
         runs, _, rows = load(directory)
         parts += [*dict.fromkeys(f"- {machine(run)}." for run in runs), "", RULE, "", kernels(rows)]
         for name in ("train_step", "generate"):
@@ -96,11 +138,15 @@ def overview(rows: Sequence[Row], name: str) -> str:
     return markdown([f"{name}, every size", "tokens/s", "of its floor", "", "best peer, fastgpt is"], body)
 
 
-def best_peer(rows: Sequence[Row], mine: Row) -> str:
+def best_row(rows: Sequence[Row], mine: Row) -> Row | None:
     """The fastest of those that aren't fastgpt in another form."""
     same = [r for r in rows if (r["benchmark"], r["case"]) == (mine["benchmark"], mine["case"]) and "fastgpt_is" in r]
     peers = [row for row in same if not row["provider"].startswith(OURS)]
-    best = min(peers, key=lambda row: row["fastgpt_is"], default=None)
+    return min(peers, key=lambda row: row["fastgpt_is"], default=None)
+
+
+def best_peer(rows: Sequence[Row], mine: Row) -> str:
+    best = best_row(rows, mine)
     return f"{best['provider']}, {ratio(best)}" if best else ""
 
 
@@ -171,17 +217,17 @@ def imports(rows: Sequence[Row]) -> str:
     return "Import: " + ", ".join(f"{row['provider']} {row['ms'] / 1e3:.2f} s" for row in found) + "." if found else ""
 
 
-def _first_case(rows: Sequence[Row], name: str) -> list[Row]:
+def first_case(rows: Sequence[Row], name: str) -> list[Row]:
     found = [r for r in rows if r["benchmark"] == name]
     return [r for r in found if r["case"] == found[0]["case"]]
 
 
-def _of(rows: Sequence[Row], *providers: str) -> list[Row]:
+def of(rows: Sequence[Row], *providers: str) -> list[Row]:
     return [next(row for row in rows if row["provider"] == name) for name in providers]
 
 
-def _gpus(results: Path) -> list[Path]:
+def gpus(results: Path) -> list[Path]:
     return sorted(path for path in results.iterdir() if path.is_dir() and path.name != "cpu")
 
 
-SECTIONS: dict[str, Callable[[Path], str]] = {"headline": headline, "cpu": cpu, "gpu": gpu}
+SECTIONS: dict[str, Callable[[Path], str]] = {"table": small}

@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib.util
+import itertools
 import json
+import re
 
 import pytest
-from benchmark_cases import RESULTS, ROOT, sample_results, timed_row
+from benchmark_cases import RESULTS, sample_results, timed_row
 
 from benchmarks.harness import measure, record
 from benchmarks.harness.measure import Case, Work
-from benchmarks.report import plots, readme, report
+from benchmarks.report import pictures, plots, readme, report
 from fastgpt.cli import main
 
 
@@ -80,11 +82,6 @@ def test_plots_hold_many_peers_of_very_different_speed(tmp_path):
     assert plots._apart([4, 8, 1000, 1024, 1100]) == [4, 8, 1000]
 
 
-def test_readme_says_what_was_recorded():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.filled(text, RESULTS) == text, "python -m benchmarks.report --readme fills the tables"
-
-
 def test_readme_s_gpu_section(tmp_path):
     """Whatever a GPU's records hold: kernels and training with the best peer that isn't fastgpt, a failure as one."""
     sample_results(tmp_path / "a-gpu")
@@ -108,5 +105,40 @@ def test_readme_s_gpu_section(tmp_path):
 
 
 def test_readme_without_markers_is_refused():
-    with pytest.raises(ValueError, match="README must have <!-- results: headline --> once"):
+    with pytest.raises(ValueError, match="README must have <!-- results: table --> once"):
         readme.filled("nothing", RESULTS)
+
+
+def attributes(svg: str, element: str, kind: str, name: str) -> list[float]:
+    return [float(found) for found in re.findall(rf'<{element} class="{kind}"[^>]* {name}="([\d.]+)"', svg)]
+
+
+def test_bars_are_as_long_as_the_ratios_say():
+    size = {"model": "gpt2", "batch": 1, "context": 8}
+    case = Case("train_step", size, "", "float32", units=8, unit="tokens")
+    rows = [timed_row(case, "fastgpt", [4.0]), timed_row(case, "nanoGPT", [8.0], [4.0])]
+    rows += [timed_row(case, "transformers", [2.0], [4.0]), timed_row(case, "fastgpt, compiled", [1.0], [4.0])]
+    svg = pictures.peers([{**report.derived(row, [], {"device": ""}), "group": "train"} for row in rows])
+    ours, peers = (attributes(svg, "rect", kind, "width") for kind in ("ours", "peer"))
+    assert [peer / ours[0] for peer in peers] == pytest.approx([0.5, 2.0])
+    assert "fastgpt is 2.00x as fast" in svg
+    assert "compiled" not in svg
+
+
+def test_a_curve_goes_through_its_points():
+    log = [{"step": step, "loss": 8.0 - step / 50} for step in range(1, 101)]
+    svg = pictures.loss([*log, {"step": 100, "validation_loss": 7.0}])
+    (line,) = re.findall(r'<polyline class="peer" points="([^"]*)"', svg)
+    points = [tuple(map(float, pair.split(","))) for pair in line.split()]
+    assert len(points) == 100
+    slopes = {round((b[1] - a[1]) / (b[0] - a[0]), 1) for a, b in itertools.pairwise(points[::11])}
+    assert len(slopes) == 1  # a straight line in, a straight line out
+    assert points[0][1] < points[-1][1]  # down the page, as the loss falls
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1000), (2.6, 4.48), (0, 7), (0.31, 0.32)])
+def test_ticks_hold_what_is_drawn(low, high):
+    found = pictures.ticks(low, high)
+    assert found[0] <= low < high <= found[-1] + 1e-9
+    assert 4 <= len(found) <= 14
+    assert len({round(b - a, 9) for a, b in itertools.pairwise(found)}) == 1
