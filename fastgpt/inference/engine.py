@@ -14,7 +14,6 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
 from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,7 +27,7 @@ from fastgpt.config import GPTConfig
 from fastgpt.graphs import Graph
 from fastgpt.inference.ahead import Loop, Reading
 from fastgpt.inference.cache import KVCache
-from fastgpt.inference.sampling import Sampler
+from fastgpt.inference.sampling import Sampler, draw_fused
 from fastgpt.plan import Plan
 
 # How the fused kernels of a token are launched, five a layer: "plain", one after the other; "dependent", each starting while the
@@ -133,11 +132,11 @@ class Engine:
         """Start `count` steps, each with the choice of its next token, no more than the loop keeps; what to read them from."""
         self._grow(count)
         assert sampler.kernels is not None
-        draw, settings = sampler.kernels.draw_tokens, astuple(sampler.params)
+        kernels, params = sampler.kernels, sampler.params
 
         def step() -> None:
             self._token()
-            draw(self.logits, loop.draws, *settings)
+            draw_fused(kernels, self.logits, loop.draws, params)
 
         for _ in range(count):
             loop.graph(step)
@@ -252,7 +251,9 @@ def _drop_when_memory_is_out() -> None:
         if not torch.cuda.is_current_stream_capturing():
             drop_idle(torch.device("cuda", device))
 
-    torch._C._cuda_attachOutOfMemoryObserver(observer)  # type: ignore[attr-defined]
+    attach = getattr(torch._C, "_cuda_attachOutOfMemoryObserver", None)  # builds for a CPU have none
+    if attach is not None:
+        attach(observer)
 
 
 def fused_kernels(plan: Plan, config: GPTConfig, batch_size: int) -> ModuleType | str:

@@ -372,8 +372,6 @@ def _steps(request: Request, resting: bool) -> Generator[Step, None, None]:
     try:
         driver = choose()
         while rows.active:
-            if resting:
-                source.look()
             made = driver.steps(rows.active, rows.left)
             for new, logprobs in made:
                 yield rows.add(new, logprobs)
@@ -381,5 +379,7 @@ def _steps(request: Request, resting: bool) -> Generator[Step, None, None]:
                     return
             if not made:
                 driver = choose()
+            elif resting:
+                source.look()
     finally:
         source.close()

@@ -10,8 +10,9 @@ The "fused" sampler makes the same choice in kernels on a GPU, with draws of its
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from types import ModuleType
 from typing import Any, TypeAlias, TypeVar
 
@@ -21,7 +22,19 @@ from torch import Tensor
 _T = TypeVar("_T")
 ByRow: TypeAlias = Sequence[_T] | Mapping[int, _T]  # what is asked for by a row's number
 
+_SMALL = 2.0**-64  # logits of 1e19 times as much as this overflow
+
 INVALID = -1  # the token of a row that has NaN, +Inf or nothing but -Inf logits
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """The value as an int, where it is one in whatever dress (NumPy's, a tensor of one); else ValueError."""
+    try:
+        if not isinstance(value, bool) and operator.index(value) >= least:
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -47,16 +60,22 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
             raise ValueError(f"temperature must be a number of at least 0, got {self.temperature}")
-        if self.top_k is not None and (
-            isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1
-        ):
-            raise ValueError(f"top_k must be None or a whole number of at least 1, got {self.top_k!r}")
+        if self.top_k is not None:
+            object.__setattr__(self, "top_k", whole_number("top_k", self.top_k, 1))
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must be None or a number from 0 to 1, got {value}")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0):
             raise ValueError(f"repetition_penalty must be a number over 0, got {self.repetition_penalty}")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))
+
+    @property
+    def extreme(self) -> bool:
+        """Whether a division or penalty may take usual logits out of fp32's range."""
+        return 0.0 < self.temperature < _SMALL or not _SMALL < self.repetition_penalty < 1.0 / _SMALL
 
 
 GREEDY = SamplingParams()
@@ -73,22 +92,51 @@ def sample(
         seen: bool [B, V], the tokens that the repetition penalty applies to; needed only when it isn't 1.
         generator: of the draw; None is torch's global one.
     """
-    logits = logits.float()
+    logits = scored(logits, params, seen)
+    # The look is at what is left: NaN probabilities would kill a CUDA context. Unusable rows draw from zeros, since the draw's
+    # shape must not change.
     usable = logits.amax(dim=-1).isfinite()
-    if params.repetition_penalty != 1.0 and seen is not None:
-        penalized = torch.where(logits < 0, logits * params.repetition_penalty, logits / params.repetition_penalty)
-        logits = torch.where(seen, penalized, logits)
     if params.temperature == 0.0:
         return torch.where(usable, logits.argmax(dim=-1), INVALID)
-    # Unusable rows draw from zeros instead: NaN probabilities would kill a CUDA context, and the draw's shape must not change.
-    logits = (
-        torch.where(usable[:, None], logits, 0.0)
-        if params.temperature == 1.0
-        else (torch.where(usable[:, None], logits, 0.0) / params.temperature)
-    )
+    logits = torch.where(usable[:, None], logits, 0.0)
     probabilities = torch.softmax(filtered(logits, params), dim=-1)
     drawn = torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(1)
     return torch.where(usable, drawn, INVALID)
+
+
+def scored(logits: Tensor, params: SamplingParams, seen: Tensor | None) -> Tensor:
+    """fp32 logits [B, V] after penalty and temperature. Where an extreme one overflows, the row's maximum comes off first."""
+    logits, penalty, temperature = logits.float(), params.repetition_penalty, params.temperature
+    if penalty != 1.0 and seen is not None:
+        plain, penalized = logits, torch.where(logits < 0, logits * penalty, logits / penalty)
+        logits = torch.where(seen, penalized, logits)
+        if params.extreme:
+            best = torch.where(seen, plain, -math.inf).amax(dim=-1, keepdim=True)
+            over = plain.amax(dim=-1, keepdim=True).isfinite() & ~logits.amax(dim=-1, keepdim=True).isfinite()
+            rest = plain - best  # penalized as `best` is, whose 0 stays where the penalty is none of fp32's numbers
+            under = torch.where(best < 0, rest * penalty, rest / penalty).masked_fill(rest == 0.0, 0.0)
+            logits = torch.where(over, under.masked_fill(~seen, -math.inf), logits)
+    if temperature in (0.0, 1.0):
+        return logits
+    plain, logits = logits, logits / temperature
+    if params.extreme:
+        top = plain.amax(dim=-1, keepdim=True)
+        over = top.isfinite() & ~logits.amax(dim=-1, keepdim=True).isfinite()
+        rest = plain - top
+        logits = torch.where(over, (rest / temperature).masked_fill(rest == 0.0, 0.0), logits)
+    return logits
+
+
+def draw_fused(kernels: ModuleType, logits: Tensor, draws: Any, params: SamplingParams) -> Tensor:
+    """`kernels.draw_tokens` with these parameters; logits that could overflow there are scored by torch before."""
+    if not params.extreme:
+        return kernels.draw_tokens(logits, draws, *astuple(params))
+    seen = None if draws.seen is None else draws.seen.view(torch.bool)
+    rest = replace(params, temperature=float(params.temperature > 0.0), repetition_penalty=1.0)
+    tokens = kernels.draw_tokens(scored(logits, params, seen), draws, *astuple(rest))
+    if seen is not None:
+        seen.scatter_(1, tokens.clamp(min=0)[:, None], True)
+    return tokens
 
 
 def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -166,7 +214,7 @@ class Sampler:
         """logits [B, V] -> int64 [B], INVALID where a row's logits are not usable; rows that have ended count as well."""
         self.count += 1
         if self.kernels is not None:
-            self.newest = self.kernels.draw_tokens(logits, self.draws, *astuple(self.params))
+            self.newest = draw_fused(self.kernels, logits, self.draws, self.params)
             return self.newest.clone()
         self.newest = chosen = sample(logits, self.params, self._seen, self._generator)
         if self._seen is not None:

@@ -18,6 +18,7 @@ from fastgpt.inference import ahead
 from fastgpt.inference import engine as engines
 from fastgpt.inference import generate as generation
 from fastgpt.inference.batch import prefill
+from fastgpt.plan import Plan
 from fastgpt_kernels import _launch
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
@@ -307,6 +308,28 @@ def test_the_fused_sampler_without_an_engine_or_a_cache(model, steps):
         generator = torch.Generator(model.device).manual_seed(5)
         stream = generate(model, [[1, 2]], 5, temperature=0.7, sampler="fused", generator=generator, stream=True)
         assert [step.tokens[0] for step in stream] == done[0].tokens
+
+
+@pytest.mark.parametrize("extreme", [{"temperature": 1e-38}, {"temperature": 1e-38, "repetition_penalty": 1e-38}])
+def test_extremes_draw_on_the_fused_sampler_what_torchs_do(model, extreme):
+    """Where all tokens but one are out of reach."""
+    with use_backend("reference"):
+        expected = generate(model, PROMPTS, 5, **extreme)
+    assert fused(model, PROMPTS, 5, **extreme, top_k=30) == expected
+
+
+def test_weights_are_looked_at_once_a_call_and_once_a_step_of_a_stream(model, monkeypatch):
+    ours(model, [[1, 2]], 3)
+    looks = []
+    holds = Plan.holds
+    monkeypatch.setattr(Plan, "holds", lambda self: looks.append(1) or holds(self))
+    for options in ({}, {"temperature": 0.5}, {"temperature": 0.5, "stop_tokens": [100]}, {"logprobs": True}):
+        ours(model, [[1, 2]], 9, **options)
+        assert len(looks) == 1
+        looks.clear()
+    with use_backend("triton"):
+        assert len(list(generate(model, [[1, 2]], 6, stream=True))) == 6
+    assert len(looks) == 6
 
 
 def test_the_fused_sampler_names_the_row_that_is_not_usable(model):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from transformers.generation import logits_process as hf
@@ -97,7 +100,7 @@ def test_sixteen_bit_logits_are_read_in_fp32():
     [
         ({"temperature": -1.0}, "temperature must be a number of at least 0, got -1.0"),
         ({"temperature": math.nan}, "temperature must be .*, got nan"),
-        ({"top_k": 0}, "top_k must be None or a whole number of at least 1, got 0"),
+        ({"top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
         ({"top_k": 2.5}, "top_k must be .*, got 2.5"),
         ({"top_p": 1.1}, "top_p must be None or a number from 0 to 1, got 1.1"),
         ({"min_p": -0.1}, "min_p must be .*, got -0.1"),
@@ -107,3 +110,59 @@ def test_sixteen_bit_logits_are_read_in_fp32():
 def test_bad_parameters_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         SamplingParams(**options)
+
+
+def exact_scores(logits: torch.Tensor, seen: torch.Tensor, temperature: float, penalty: float) -> torch.Tensor:
+    """Penalty and temperature in Python's fractions, the row's maximum off: what the draw is to see, in float64."""
+    rows = []
+    for row, marks in zip(logits.tolist(), seen.tolist(), strict=True):
+        p, t = Fraction(penalty), Fraction(temperature)
+        scores = [
+            Fraction(x) * (1 if not mark else p if x < 0 else 1 / p) / t for x, mark in zip(row, marks, strict=True)
+        ]
+        rows.append([float(max(x - max(scores), Fraction(-(10**300)))) for x in scores])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+EXTREMES = [(1e-38, 1.0), (1e-300, 1.0), (5e-324, 1.0), (0.5, 1e-38), (1e-38, 1e-38), (1.0, 1e38), (1e-30, 1e300)]
+
+
+@pytest.mark.parametrize(("temperature", "penalty"), EXTREMES)
+def test_extreme_temperatures_and_penalties_choose_as_exact_arithmetic(temperature, penalty):
+    logits = spread_logits(8, 20)
+    logits[1] = -logits[1].abs() - 1.0  # all seen and negative
+    logits[2, 3:6] = logits[2].max() + 1.0  # ties
+    logits[3] = -logits[3].abs() - 1.0
+    seen = torch.rand(8, 20) < 0.3
+    seen[1], seen[:, 7] = True, True
+    probabilities = exact_scores(logits, seen, temperature, penalty).softmax(-1)
+    for seed in range(5):
+        drawn = sample(
+            logits, SamplingParams(temperature, repetition_penalty=penalty), seen, torch.Generator().manual_seed(seed)
+        )
+        assert (probabilities.gather(1, drawn[:, None]) > 1e-6).all()
+    greedy = sample(logits, SamplingParams(repetition_penalty=penalty), seen)
+    assert torch.equal(greedy, exact_scores(logits, seen, 1.0, penalty).argmax(-1))
+
+
+@pytest.mark.parametrize(("temperature", "penalty"), [*EXTREMES, (1.0, 1e-300)])
+def test_extremes_keep_filters_and_marks_of_unusable_rows(temperature, penalty):
+    logits = spread_logits(5, 20)
+    logits[0, 3], logits[1, 0], logits[3] = math.nan, math.inf, -math.inf
+    seen = torch.rand(5, 20) < 0.3
+    for filters in ({}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}):
+        drawn = sample(logits, SamplingParams(temperature, **filters, repetition_penalty=penalty), seen)
+        assert drawn[[0, 1, 3]].tolist() == [INVALID] * 3
+        assert (drawn[[2, 4]] >= 0).all()
+
+
+def test_a_division_that_overflows_is_marked_before_the_draw():
+    drawn = sample(torch.tensor([[3e38, 1.0], [2.0, 1.0]]), SamplingParams(0.5))
+    assert drawn[0] == INVALID
+    assert drawn[1] >= 0
+
+
+def test_numbers_may_come_as_numpys_or_as_tensors():
+    params = SamplingParams(torch.tensor(0.5), np.int64(3), np.float32(0.5), torch.tensor(0.25), np.float64(1.5))
+    assert params == SamplingParams(0.5, 3, 0.5, 0.25, 1.5)
+    assert {type(value) for value in astuple(params)} == {int, float}
