@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from fastgpt.inference.batch import evaluating
 from fastgpt.model import GPTModel
 from fastgpt.text.data import encode_documents
 from fastgpt.text.tokenizer import Tokenizer
@@ -57,9 +58,8 @@ def evaluate(model: GPTModel, tokenizer: Tokenizer, documents: list[str], stride
     if not 1 <= stride <= context:
         raise ValueError(f"stride must be from 1 to the context length {context}, got {stride}")
     ids = torch.from_numpy(tokens.astype("int64"))
-    training, nats = model.training, 0.0
-    model.eval()
-    try:
+    nats = 0.0
+    with evaluating(model):
         for batch in _batches(list(_windows(len(ids), context, stride))):
             length = max(end - start for start, _, end in batch)
             rows = torch.zeros(len(batch), length + 1, dtype=torch.int64)
@@ -70,8 +70,6 @@ def evaluate(model: GPTModel, tokenizer: Tokenizer, documents: list[str], stride
             rows, counted = rows.to(model.device), counted.to(model.device)
             losses = F.cross_entropy(model(rows[:, :-1])[counted].float(), rows[:, 1:][counted], reduction="none")
             nats += losses.double().sum().item()
-    finally:
-        model.train(training)
     predicted = len(ids) - 1
     mean = nats / predicted
     perplexity = math.inf if mean > 700 else math.exp(mean)  # exp overflows a float at 709.8

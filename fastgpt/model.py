@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,6 +25,7 @@ from fastgpt import ops
 from fastgpt.checkpoints import weights
 from fastgpt.config import ContextLengthError, GPTConfig, TokenIdError
 from fastgpt.inference import cpu, engine
+from fastgpt.inference.batch import evaluating
 from fastgpt.inference.cache import KVCache
 from fastgpt.inference.generate import generate_tensor
 from fastgpt.layers import LINEARS, ROUNDED, LayerNorm, MultiHeadAttention, QuantizedLinear, TransformerBlock
@@ -221,19 +222,17 @@ class GPTModel(nn.Module):
             maps.append(attention_probabilities(q.float(), k.float(), module.causal))
 
         hooks = [m.register_forward_pre_hook(record) for m in self.modules() if isinstance(m, MultiHeadAttention)]
-        training = self.training
         try:
-            self.eval()
-            self.hidden_states(idx)
+            with evaluating(self):
+                self.hidden_states(idx)
         finally:
-            self.train(training)
             for hook in hooks:
                 hook.remove()
         return torch.stack(maps)
 
     def generate(
         self,
-        idx: Tensor,
+        idx: Tensor | Sequence[Sequence[int]],
         max_new_tokens: int,
         *,
         temperature: float = 0.0,
@@ -247,10 +246,30 @@ class GPTModel(nn.Module):
         use_cache: bool = True,
         lookup: int = 0,
         sampler: str = "torch",
+        **unknown: NoReturn,
     ) -> Tensor:
-        """Continue every row of idx [B, T]; returns int64 [B, T + n], n <= max_new_tokens.
+        """Continue every row of idx; prompts of other lengths, streams and log-probabilities are `fastgpt.generate`'s.
 
-        Args: those of `fastgpt.generate`. A row that meets a stop token keeps it and repeats it to the end of the longest row.
+        Args:
+            idx: int32 or int64 [B, T], or rows of ids of one length T >= 1.
+            max_new_tokens: tokens to add to each row, at most.
+            temperature: 0 takes the most likely token; else logits are divided by it and a token is drawn.
+            top_k: keep the k most likely tokens; None or 0 keeps all.
+            top_p: keep the most likely tokens whose probabilities sum to at least this.
+            min_p: keep tokens at least this fraction as likely as the most likely one.
+            repetition_penalty: over 1, tokens that the row has already become less likely.
+            stop_tokens: ids that end a row, which keeps the one it met and repeats it to the end of the longest row.
+            generator: of the random draws; None is torch's global one.
+            overflow: past the context length, "crop" goes on with the last context_length tokens, "stop" ends the row, "error"
+                raises before anything is computed.
+            use_cache: False recomputes everything for each token; the tokens are the same.
+            lookup: with temperature 0, guess up to so many tokens from the row's own text and judge them in one forward.
+            sampler: "torch" draws as transformers does; "fused" in Triton on the GPU.
+
+        Returns int64 [B, T + n] on idx's device, n <= max_new_tokens. The training mode of each module is as before.
+
+        Raises ValueError for an empty or over-long row, ids outside the vocabulary (TokenIdError), bad parameters, and logits
+        that are NaN or Inf; TypeError for a keyword that there isn't, naming what has its place.
         """
         return generate_tensor(
             self,
@@ -267,6 +286,7 @@ class GPTModel(nn.Module):
             use_cache=use_cache,
             lookup=lookup,
             sampler=sampler,
+            **unknown,
         )
 
     @classmethod

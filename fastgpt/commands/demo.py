@@ -6,14 +6,12 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Iterator
-from typing import cast
 
 import torch
 
 from fastgpt.checkpoints.weights import BUNDLED
 from fastgpt.commands.options import device_option, pick_device
-from fastgpt.inference.generate import Step, generate
+from fastgpt.inference.generate import generate
 from fastgpt.info import ops_table
 from fastgpt.model import GPTModel
 from fastgpt.text.tokenizer import load_tokenizer
@@ -60,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         generator=torch.Generator(device=device).manual_seed(arguments.seed),
         stream=True,
     )
-    for step in cast(Iterator[Step], steps):
+    for step in steps:
         if step.tokens[0] is not None and step.tokens[0] != tokenizer.end_of_text:
             sys.stdout.write(decoder.add(step.tokens[0]))
             sys.stdout.flush()
@@ -89,7 +87,7 @@ def _rate(model: GPTModel, prompt: list[int], use_cache: bool) -> tuple[list[int
     """Greedy tokens, and tokens per second after the first one (which pays for reading the prompt)."""
     tokens: list[int] = []
     started = 0.0
-    for step in cast(Iterator[Step], generate(model, [prompt], NEW_TOKENS, use_cache=use_cache, stream=True)):
+    for step in generate(model, [prompt], NEW_TOKENS, use_cache=use_cache, stream=True):
         if not tokens:
             started = time.perf_counter()
         tokens += [token for token in step.tokens if token is not None]

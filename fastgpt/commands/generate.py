@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from fastgpt.commands.options import device_option, dtype_option, load_model, model_option
-from fastgpt.inference.generate import OVERFLOWS, Step, generate
+from fastgpt.inference.arguments import OVERFLOWS
+from fastgpt.inference.generate import generate
 from fastgpt.ops import SAMPLERS
 from fastgpt.quantization import quantize
 from fastgpt.text.data import read_text
@@ -26,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model_option(parser)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely token")
-    parser.add_argument("--top-k", type=int, help="keep the K most likely tokens")
+    parser.add_argument("--top-k", type=int, help="keep the K most likely tokens; 0 keeps all")
     parser.add_argument("--top-p", type=float, help="keep the most likely tokens that sum to P")
     parser.add_argument(
         "--min-p", type=float, help="keep tokens at least this fraction as likely as the most likely one"
@@ -108,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     logprobs: list[float] = []
     pieces: list[str] = []
     reason = "length"
-    for step in cast(Iterator[Step], steps):
+    for step in steps:
         if step.tokens[0] is None:
             reason = step.finish_reasons[0] or reason
             continue

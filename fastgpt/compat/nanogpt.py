@@ -32,6 +32,7 @@ from fastgpt.checkpoints import layouts, weights
 from fastgpt.checkpoints.dialects import said_activation
 from fastgpt.inference.batch import Called, evaluating
 from fastgpt.inference.generate import generate_tensor
+from fastgpt.inference.sampling import SamplingParams
 from fastgpt.model import GPTModel
 from fastgpt.plan import Unchanged, plain
 from fastgpt.training.optimizer import optimizer_groups
@@ -77,8 +78,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head = config.n_head
-        self.n_embd = config.n_embd
+        self.n_head, self.n_embd = config.n_head, config.n_embd
         # Of the attention probabilities; nanoGPT's attn_dropout is not in its flash path either.
         self.dropout = config.dropout
 
@@ -221,6 +221,7 @@ class GPT(nn.Module):
             temperature: 0 takes the most likely token.
             top_k: keep the k most likely tokens; None or a k over V keeps all.
         """
+        SamplingParams(temperature, top_k)  # refuses top_k=0, as nanoGPT does
         with evaluating(self):
             core = self._core() if self._own() is None else None
             model = core or Called(lambda ids: self(ids)[0], idx.device, core_config(self.config))
@@ -229,11 +230,10 @@ class GPT(nn.Module):
 
     def _core(self) -> GPTModel:
         """`as_gpt_model`, the same one until a part of it is replaced: its decode engines come with it."""
-        core, made_of, config = _cores.get(self, (None, None, None))
-        if core is None or made_of is None or not made_of.holds() or config != core_config(self.config):
-            core = self.as_gpt_model()
-            _cores[self] = core, Unchanged(self), core_config(self.config)
-        return core
+        kept = _cores.get(self)
+        if kept is None or not kept[1].holds() or kept[2] != core_config(self.config):
+            kept = _cores[self] = self.as_gpt_model(), Unchanged(self), core_config(self.config)
+        return kept[0]
 
     def as_gpt_model(self) -> GPTModel:
         """A GPTModel over this model's own parameters: nothing is copied, so training this one changes both.

@@ -21,21 +21,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
 from fastgpt import ops
-from fastgpt.config import ContextLengthError, TokenIdError
 from fastgpt.inference.ahead import Ahead
+from fastgpt.inference.arguments import Options, Prompts, check, prompt_ids, refuse, stop_ids
 from fastgpt.inference.batch import LanguageModel, Source, activation_dtype, evaluating
-from fastgpt.inference.sampling import GREEDY, INVALID, ByRow, Sampler, SamplingParams
-from fastgpt.inference.speculation import Lookup, check_lookup
+from fastgpt.inference.sampling import GREEDY, INVALID, ByRow, Sampler, SamplingParams, whole_number
+from fastgpt.inference.speculation import Lookup
 
-Prompts: TypeAlias = Sequence[Sequence[int] | Tensor] | Tensor
-
-OVERFLOWS = ("crop", "stop", "error")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Tokens made between two looks of the host at them: a look waits for the GPU, 20 us beside an engine's token of 100 or more.
 # A row that stops meanwhile has made up to 15 for nothing.
@@ -64,6 +63,29 @@ class Step(NamedTuple):
     logprobs: list[float | None] | None
 
 
+@overload
+def generate(
+    model: LanguageModel,
+    prompts: Prompts,
+    max_new_tokens: int,
+    *,
+    stream: Literal[False] = False,
+    **options: Unpack[Options],
+) -> list[Completion]: ...
+
+
+@overload
+def generate(
+    model: LanguageModel, prompts: Prompts, max_new_tokens: int, *, stream: Literal[True], **options: Unpack[Options]
+) -> Iterator[Step]: ...
+
+
+@overload
+def generate(
+    model: LanguageModel, prompts: Prompts, max_new_tokens: int, *, stream: bool, **options: Unpack[Options]
+) -> list[Completion] | Iterator[Step]: ...
+
+
 def generate(
     model: LanguageModel,
     prompts: Prompts,
@@ -82,6 +104,7 @@ def generate(
     sampler: str = "torch",
     logprobs: bool = False,
     stream: bool = False,
+    **unknown: Any,
 ) -> list[Completion] | Iterator[Step]:
     """Continue prompts of any lengths.
 
@@ -89,7 +112,7 @@ def generate(
         model: a GPTModel, or anything with its `config` and call.
         prompts: sequences of token ids, each with at least one.
         max_new_tokens: tokens to add to each prompt, at most.
-        temperature, top_k, top_p, min_p, repetition_penalty: see fastgpt.inference.sampling.SamplingParams.
+        temperature, top_k, top_p, min_p, repetition_penalty: see fastgpt.inference.sampling.SamplingParams. A top_k of 0 is none.
         stop_tokens: ids that end a row; the id that ended it is kept.
         generator: of the random draws; None is torch's global one. One draw a step for the whole batch; one a call if "fused".
         overflow: past the context length, "crop" goes on with the last context_length tokens, recomputed for each new one;
@@ -106,37 +129,49 @@ def generate(
     Raises:
         ValueError: before anything is computed, for an empty or over-long prompt, ids outside the vocabulary (TokenIdError) or
             bad parameters; while computing, for logits that are NaN or Inf.
+        TypeError: for a keyword that there isn't, naming what has its place.
 
     The model's training mode is restored afterwards.
     """
+    refuse(unknown)
     request = Request(
         model,
-        _prompts(prompts),
-        max_new_tokens,
+        prompt_ids(prompts),
+        whole_number("max_new_tokens", max_new_tokens, 0),
         model.config.context_length,
-        SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty),
-        frozenset(stop_tokens),
+        SamplingParams(temperature, None if top_k == 0 else top_k, top_p, min_p, repetition_penalty),
+        stop_ids(stop_tokens),
         generator,
         overflow,
         use_cache,
-        lookup,
+        whole_number("lookup", lookup, 0),
         sampler,
         logprobs,
         evaluate=model if isinstance(model, nn.Module) else None,
     )
-    _check(request)
+    check(request)
     if stream:
         return request.stream()
     steps = request.steps()
     return [_completion(row, steps, logprobs) for row in range(len(request.prompts))]
 
 
-def generate_tensor(model: LanguageModel, idx: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+def generate_tensor(
+    model: LanguageModel, idx: Tensor | Sequence[Sequence[int]], max_new_tokens: int, **options: Any
+) -> Tensor:
     """`generate` for same-length prompts idx [B, T]; int64 [B, T + n] on idx's device. See GPTModel.generate."""
+    if "stream" in options or "logprobs" in options:
+        raise TypeError("model.generate() returns ids alone; stream= and logprobs= are fastgpt.generate's")
+    if not isinstance(idx, Tensor):
+        rows = prompt_ids(idx)
+        if len({len(row) for row in rows}) > 1:
+            raise ValueError(
+                f"idx must have rows of one length, got {[len(row) for row in rows]}; fastgpt.generate takes any"
+            )
+        idx = torch.tensor(rows, dtype=torch.int64, device=next(iter(model.parameters())).device)
     if idx.dim() != 2 or idx.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"idx must be int32 or int64 [B, T], got {idx.dtype} {list(idx.shape)}")
     done = generate(model, idx, max_new_tokens, **options)
-    assert isinstance(done, list)
     longest = max((len(completion.tokens) for completion in done), default=0)
     added = [c.tokens + [c.tokens[-1] if c.tokens else 0] * (longest - len(c.tokens)) for c in done]
     new = torch.tensor(added, dtype=torch.int64, device=idx.device).view(idx.shape[0], longest)
@@ -186,6 +221,12 @@ class Request(NamedTuple):
         modes = contextlib.nullcontext() if self.evaluate is None else evaluating(self.evaluate)
         with modes, torch.inference_mode(False), torch.no_grad():
             yield
+
+    def kernels(self) -> ModuleType | None:
+        """Whose draws there are: the fused sampler's, which a decode engine makes its greedy ones by as well, or torch's."""
+        device, greedy = next(iter(self.model.parameters())).device, self.params.temperature == 0.0
+        dtype = activation_dtype(self.model, device)
+        return ops.sampler_kernels(self.sampler, device, dtype, greedy and self.use_cache)
 
     def end(self, token: int, length: int) -> str | None:
         """Why a row ends with a token, its length-th."""
@@ -242,63 +283,6 @@ class Rows:
         return Step(tokens, reasons, None if logprobs is None else scores)
 
 
-def _check(request: Request) -> None:
-    config = request.model.config
-    if (
-        isinstance(request.max_new_tokens, bool)
-        or not isinstance(request.max_new_tokens, int)
-        or request.max_new_tokens < 0
-    ):
-        raise ValueError(f"max_new_tokens must be a whole number of at least 0, got {request.max_new_tokens!r}")
-    if request.overflow not in OVERFLOWS:
-        raise ValueError(f"overflow must be one of {OVERFLOWS}, got {request.overflow!r}")
-    if request.use_cache and not config.causal:
-        raise ValueError("a model with causal=False can't generate with a KV cache; pass use_cache=False")
-    check_lookup(request.lookup, request.params, request.use_cache)
-    _kernels(request, next(iter(request.model.parameters())).device, greedy=False)
-    to_come = request.max_new_tokens if request.overflow == "error" else 0
-    for row, prompt in enumerate(request.prompts):
-        if not prompt:
-            raise ValueError(f"prompt {row} is empty; a prompt needs at least one token")
-        for token in (min(prompt), max(prompt)):
-            if not 0 <= token < config.vocab_size:
-                raise TokenIdError(f"prompt {row} has token id {token}, outside the vocabulary of {config.vocab_size}")
-        if request.overflow != "crop" and len(prompt) + to_come > config.context_length:
-            what = f"{len(prompt)} tokens" + (f" and {to_come} to come" if request.overflow == "error" else "")
-            raise ContextLengthError(
-                f"prompt {row} has {what}, more than the context length {config.context_length}; "
-                "shorten it, or use overflow='crop'"
-            )
-    for token in request.stop_tokens:
-        if isinstance(token, bool) or not isinstance(token, int):
-            raise ValueError(f"stop_tokens must be token ids, got {token!r}")
-
-
-def _prompts(prompts: Prompts) -> list[list[int]]:
-    """Lists of ids; a tensor of several prompts is read at once."""
-    if isinstance(prompts, Tensor) and prompts.dim() == 2:
-        _ids(prompts[:1].flatten())
-        return prompts.tolist()
-    return [_ids(prompt) for prompt in prompts]
-
-
-def _ids(prompt: Sequence[int] | Tensor) -> list[int]:
-    if isinstance(prompt, Tensor):
-        if prompt.dim() != 1 or prompt.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"a prompt must be int32 or int64 [T], got {prompt.dtype} {list(prompt.shape)}")
-        return prompt.tolist()
-    if isinstance(prompt, (str, bytes)):
-        raise ValueError(
-            f"a prompt must be token ids, got {type(prompt).__name__}; encode text with fastgpt.text.tokenizer first"
-        )
-    return [int(token) for token in prompt]
-
-
-def _kernels(request: Request, device: torch.device, greedy: bool) -> ModuleType | None:
-    dtype = activation_dtype(request.model, device)
-    return ops.sampler_kernels(request.sampler, device, dtype, greedy and request.use_cache)
-
-
 def _completion(row: int, steps: Sequence[Step], logprobs: bool) -> Completion:
     tokens = [token for step in steps if (token := step.tokens[row]) is not None]
     scores = [score for step in steps if step.logprobs and (score := step.logprobs[row]) is not None]
@@ -350,14 +334,13 @@ def _steps(request: Request, resting: bool) -> Generator[Step, None, None]:
         return
     tokens = [list(row) for row in rows.tokens] if request.lookup else rows.tokens
     source = Source(request.model, tokens, request.max_new_tokens, request.context, request.use_cache)
-    greedy, stops = request.params.temperature == 0.0, request.stop_tokens
-    kernels = _kernels(request, source.device, greedy)
+    kernels, stops = request.kernels(), request.stop_tokens
     every = 1 if resting else LOOK_EVERY
     vocab_size = request.model.config.vocab_size if request.params.repetition_penalty != 1.0 else 0
     sampler = Sampler(request.params, rows.tokens, vocab_size, source.device, request.generator, kernels, stops, every)
     # A draw of torch's behind the end of a row would leave the generator further on than a loop that looks at every token, and
     # modules take too long for tokens that nobody gets.
-    drawn = 1 if kernels is None and stops and not greedy else every
+    drawn = 1 if kernels is None and stops and request.params.temperature > 0.0 else every
     one = OneAtATime(source, sampler, request.logprobs, drawn, 1 if stops else every)
     ahead = Ahead(source, sampler, every, depth=1 if resting else 2)
     lookup = Lookup(source, rows.active, request) if request.lookup else None

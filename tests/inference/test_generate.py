@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from models import tiny_model
@@ -218,6 +219,13 @@ def test_error_policy_refuses_before_computing(model):
         ([[1, 101]], {}, "prompt 0 has token id 101, outside the vocabulary of 101"),
         ([[-2]], {}, "prompt 0 has token id -2"),
         (["text"], {}, "a prompt must be token ids, got str"),
+        ("text", {}, "a prompt must be token ids, got str"),
+        ([1, 2, 3], {}, r"prompts must be several, each of token ids, got 1 as prompt 0; .* pass \[prompt\]"),
+        (torch.tensor([1, 2]), {}, r"got tensor\(1\) as prompt 0; for a single one pass \[prompt\]"),
+        ([[1, 2.5]], {}, "prompt 0 must be token ids, got 2.5"),
+        ([[1]], {"stop_tokens": 5}, r"stop_tokens must be several token ids, got 5; for one pass \[id\]"),
+        ([[1]], {"top_k": -1}, "top_k must be a whole number of at least 1, got -1"),
+        ([[1]], {"max_new_tokens": 2.0}, "max_new_tokens must be a whole number of at least 0, got 2.0"),
         ([torch.zeros(2, 2, dtype=torch.long)], {}, r"a prompt must be int32 or int64 \[T\], got torch.int64 \[2, 2\]"),
         ([[1]], {"overflow": "wrap"}, "overflow must be one of .*, got 'wrap'"),
         ([[1]], {"temperature": -1.0}, "temperature must be"),
@@ -308,3 +316,59 @@ def test_cache_rows_can_be_selected_and_cut(model):
         alone = model(torch.tensor([[*idx[source, :length].tolist(), token]]))[0, -1]
         torch.testing.assert_close(after[row, 0], alone, rtol=0, atol=2e-5)
     assert cache.nbytes == 2 * 2 * 3 * 4 * 16 * 8 * 4
+
+
+def test_numbers_of_numpy_and_tensors_of_one_are_whole_numbers(model):
+    expected = generate(model, [[1, 2]], 6, stop_tokens=[3], lookup=2)
+    ids = np.array([[1, 2]])
+    for count in (np.int64(6), np.uint8(6), torch.tensor(6)):
+        assert generate(model, ids, count, stop_tokens=np.array([3]), lookup=np.int32(2)) == expected
+        assert generate(model, list(ids), count, stop_tokens=torch.tensor([3])) == expected
+    drawn = [
+        generate(model, [[1, 2]], 6, temperature=t, top_k=k, generator=torch.Generator().manual_seed(0))
+        for t, k in ((0.5, 7), (np.float32(0.5), np.int64(7)), (torch.tensor(0.5), torch.tensor(7)))
+    ]
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+def test_a_top_k_of_0_keeps_all(model):
+    options = {"temperature": 1.5}
+    with_all = model.generate(torch.tensor([[1, 2]]), 12, **options, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(
+        model.generate(torch.tensor([[1, 2]]), 12, top_k=0, **options, generator=torch.Generator().manual_seed(0)),
+        with_all,
+    )
+
+
+def test_rows_of_ids_are_taken_as_a_tensor_is(model):
+    expected = model.generate(torch.tensor([[1, 2], [3, 4]]), 5)
+    assert torch.equal(model.generate([[1, 2], [3, 4]], 5), expected)
+    assert torch.equal(model.generate(np.array([[1, 2], [3, 4]]), 5), expected)
+    with pytest.raises(ValueError, match=r"rows of one length, got \[2, 1\]; fastgpt.generate takes any"):
+        model.generate([[1, 2], [3]], 5)
+    with pytest.raises(ValueError, match=r"got 1 as prompt 0; for a single one pass \[prompt\]"):
+        model.generate([1, 2], 5)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "message"),
+    [
+        ({"seed": 1}, r"no seed=: generator=torch\.Generator"),
+        ({"eos_token_id": 3}, "no eos_token_id=: stop_tokens="),
+        ({"do_sample": True}, "no do_sample=: temperature"),
+        ({"max_length": 3}, "no max_length=: max_new_tokens"),
+        ({"temprature": 0.5}, r"no temprature=: did you mean temperature\?"),
+        ({"zzz": 0.5}, "no zzz=: it has temperature, top_k"),
+    ],
+)
+def test_keywords_of_others_are_answered_with_the_right_one(model, keyword, message):
+    with pytest.raises(TypeError, match=message):
+        generate(model, [[1]], 3, **keyword)
+    with pytest.raises(TypeError, match=message):
+        model.generate(torch.tensor([[1]]), 3, **keyword)
+
+
+@pytest.mark.parametrize("keyword", [{"stream": True}, {"logprobs": True}])
+def test_what_only_the_function_has_is_said_by_the_method(model, keyword):
+    with pytest.raises(TypeError, match=r"stream= and logprobs= are fastgpt.generate's"):
+        model.generate(torch.tensor([[1]]), 3, **keyword)

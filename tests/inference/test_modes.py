@@ -9,7 +9,9 @@ import torch
 from models import tiny_model
 
 from fastgpt import generate
+from fastgpt.evaluation import evaluate
 from fastgpt.inference.batch import evaluating
+from fastgpt.text.tokenizer import SymbolTokenizer
 
 
 def modes(model: torch.nn.Module) -> list[bool]:
@@ -55,4 +57,16 @@ def test_uses_may_end_in_any_order():
             second.enter_context(evaluating(model))
             assert not any(modes(model))
         assert not any(modes(model)), "one is inside still"
+    assert modes(model) == before
+
+
+def test_attention_weights_and_evaluation_leave_every_modules_mode():
+    model = tiny_model(drop_rate=0.5).train()
+    model.trf_blocks[1].eval()
+    before = modes(model)
+    maps = model.attention_weights(torch.tensor([[1, 2, 3]]))
+    assert torch.equal(maps, tiny_model().attention_weights(torch.tensor([[1, 2, 3]])))
+    assert modes(model) == before
+    tokenizer = SymbolTokenizer.from_text("char", "some text")
+    assert evaluate(model, tokenizer, ["some text"]) == evaluate(tiny_model(), tokenizer, ["some text"])
     assert modes(model) == before

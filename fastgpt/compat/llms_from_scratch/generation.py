@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastgpt.compat.llms_from_scratch.model import GPTModel
 from fastgpt.inference.batch import Called
 from fastgpt.inference.generate import Request, Step
-from fastgpt.inference.sampling import GREEDY, SamplingParams
+from fastgpt.inference.sampling import GREEDY, SamplingParams, whole_number
 from fastgpt.model import GPTModel as CoreModel
 
 
@@ -125,9 +125,8 @@ def _request(
     evaluate: bool = False,
 ) -> Request:
     """What is wanted, after a look at the arguments. use_cache=None: where it can be had."""
-    for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("context_size", context_size, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 0)
+    context_size = whole_number("context_size", context_size, 1)
     if idx.dim() != 2 or idx.shape[1] == 0:
         raise ValueError(f"the ids must be [B, T] with T of at least 1, got {list(idx.shape)}")
     inner: Any = unwrapped(model)
