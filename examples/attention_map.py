@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fastgpt import GPTModel
-from fastgpt.checkpoints.weights import BUNDLED
+from fastgpt.files import BUNDLED
 from fastgpt.text.tokenizer import load_tokenizer
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import GPTModel
-from fastgpt.checkpoints.weights import BUNDLED
+from fastgpt.files import BUNDLED
 from fastgpt.text.tokenizer import Tokenizer, load_tokenizer
 
 LONGEST = 64  # tokens of a line that are read

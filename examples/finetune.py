@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from fastgpt import GPTModel
-from fastgpt.checkpoints.weights import BUNDLED
 from fastgpt.evaluation import evaluate
-from fastgpt.text.data import TokenStream, encode_documents, read_text, split_validation
+from fastgpt.files import BUNDLED
+from fastgpt.text.data import TokenStream, encode_documents, split_validation
+from fastgpt.text.documents import read_text
 from fastgpt.text.tokenizer import load_tokenizer
 from fastgpt.training import Trainer, TrainSettings, add_lora
 

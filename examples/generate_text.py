@@ -10,7 +10,7 @@ import sys
 import torch
 
 from fastgpt import GPTModel, generate
-from fastgpt.checkpoints.weights import BUNDLED
+from fastgpt.files import BUNDLED
 from fastgpt.text.tokenizer import load_tokenizer
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from fastgpt import GPTConfig
-from fastgpt.text.data import TokenStream, encode_documents, read_text, split_validation
+from fastgpt.text.data import TokenStream, encode_documents, split_validation
+from fastgpt.text.documents import read_text
 from fastgpt.text.tokenizer import SymbolTokenizer
 from fastgpt.training import Trainer, TrainSettings, new_model
 

@@ -21,7 +21,7 @@ import torch
 from fastgpt.cli import main as fastgpt
 from fastgpt.evaluation import evaluate
 from fastgpt.model import GPTModel
-from fastgpt.text.data import expand, read_text
+from fastgpt.text.documents import find, read_documents
 from fastgpt.text.tokenizer import load_tokenizer, train_byte_pairs
 
 RECIPE = Path(__file__).with_name("bundled_model.toml")
@@ -89,7 +89,7 @@ def main() -> None:
     model, tokenizer = GPTModel.from_pretrained(out / "run"), load_tokenizer(out / "run")
     model.save_pretrained(out / "model", dtype=torch.float16)
     tokenizer.save(out / "model")
-    documents = [read_text(path) for path in expand([text / "held-out"])]
+    documents = read_documents(find([text / "held-out"]).files)
     result = evaluate(GPTModel.from_pretrained(out / "model"), tokenizer, documents)
     size = sum(path.stat().st_size for path in (out / "model").iterdir())
     print(f"{size:,} bytes in {out / 'model'}")

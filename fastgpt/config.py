@@ -11,6 +11,9 @@ from typing import Any
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
 NORM_POSITIONS = ("pre", "post")
 INITS = ("torch", "gpt2")
+# What generation may be asked for; see fastgpt.inference.generate.
+OVERFLOWS = ("crop", "stop", "error")
+SAMPLERS = ("torch", "fused")
 
 # Refused before anything is allocated. GPT-3 175B is 96 layers of width 12,288: real models fit with room to spare, and a
 # hostile config.json can't ask for a terabyte by one field.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,13 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: GPTModel, tokenizer: Tokenizer, documents: list[str], stride: int | None = None) -> Evaluation:
+def evaluate(
+    model: GPTModel,
+    tokenizer: Tokenizer,
+    documents: list[str],
+    stride: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
     """Score documents, read one after another with "<|endoftext|>" between them where the tokenizer has it.
 
     Args:
@@ -39,6 +45,7 @@ def evaluate(model: GPTModel, tokenizer: Tokenizer, documents: list[str], stride
         documents: texts; together at least two tokens.
         stride: new tokens a window; each is predicted from at least context_length - stride before it, but for the first
             window. Half the context by default; smaller is slower and a little better.
+        progress: told how many of all tokens are scored.
     """
     if not model.config.causal:
         raise ValueError("a model with causal=False sees the tokens that it should predict; it has no bits per byte")
@@ -70,6 +77,7 @@ def evaluate(model: GPTModel, tokenizer: Tokenizer, documents: list[str], stride
             rows, counted = rows.to(model.device), counted.to(model.device)
             losses = F.cross_entropy(model(rows[:, :-1])[counted].float(), rows[:, 1:][counted], reduction="none")
             nats += losses.double().sum().item()
+            progress(batch[-1][2], len(ids) - 1)
     predicted = len(ids) - 1
     mean = nats / predicted
     perplexity = math.inf if mean > 700 else math.exp(mean)  # exp overflows a float at 709.8

@@ -1,4 +1,4 @@
-"""Files that are never half-written: a temporary file beside the place, synced, then renamed."""
+"""Files that are never half-written: a temporary file beside the place, synced, then renamed. And where the bundled ones are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+
+BUNDLED = Path(__file__).parent / "assets"  # the small model that comes with the package, and its tokenizer
 
 
 def atomic_write(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:

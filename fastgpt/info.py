@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fastgpt import ops
+from fastgpt.checkpoints.weights import load_pretrained
 from fastgpt.config import PRESETS, GPTConfig
-from fastgpt.model import GPTModel
 
 GPT3_TOKENS = 300e9  # every GPT-3 size: Brown et al. 2020, table 2.1, https://arxiv.org/abs/2005.14165
 SECONDS_PER_YEAR = 365.25 * 24 * 3600
@@ -55,9 +57,28 @@ def activation_bytes_per_token(config: GPTConfig) -> int:
     return 34 * config.emb_dim * config.n_layers + 2 * config.padded_vocab_size
 
 
-def report(name: str) -> str:
+def config_of(name: str, allow_pickle: bool = False) -> GPTConfig:
+    """Of a preset, else of a model as GPTModel.from_pretrained takes it."""
+    return PRESETS[name] if name in PRESETS else load_pretrained(name, allow_pickle=allow_pickle)[0]
+
+
+def facts(config: GPTConfig) -> dict[str, Any]:
+    """What `report` says, as numbers: bytes, and FLOPs a token."""
+    return {
+        "config": config.to_dict(),
+        "parameters": config.num_parameters,
+        "parameters_by_part": config.parameter_counts(),
+        "weight_bytes_fp32": 4 * config.num_parameters,
+        "kv_cache_bytes_fp32": kv_cache_bytes(config, 4),
+        "training_state_bytes": training_state_bytes(config),
+        "activation_bytes_per_token_bf16": activation_bytes_per_token(config),
+        "forward_flops_per_token": forward_flops_per_token(config),
+        "training_flops_per_token": training_flops_per_token(config),
+    }
+
+
+def report(name: str, config: GPTConfig) -> str:
     """The text of `fastgpt info NAME`."""
-    config = PRESETS[name] if name in PRESETS else GPTModel.from_pretrained(name).config
     total = config.num_parameters
     lines = [
         f"{name}: {config.n_layers} layers, width {config.emb_dim:,}, {config.n_heads} heads of {config.head_dim}, "
@@ -94,13 +115,21 @@ def report(name: str) -> str:
     return "\n".join(lines)
 
 
-def ops_table(device: torch.device) -> str:
-    """Which implementation each op gets for this device's usual dtype under the backend in force, and why."""
+def ops_rows(device: torch.device) -> dict[str, dict[str, str]]:
+    """By op: which implementation it gets for this device's usual dtype under the backend in force, and why."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    lines = [f"backend {ops.current_backend()}, {device}, {str(dtype).removeprefix('torch.')}"]
-    for op in (*ops.OPS, "decode_token"):
-        module, reason = ops.explain(op, device, dtype)
-        lines.append(f"  {op:<22}{module:<14}{reason}")
+    chosen = {op: ops.explain(op, device, dtype) for op in (*ops.OPS, "decode_token")}
+    return {op: {"implementation": module, "reason": reason} for op, (module, reason) in chosen.items()}
+
+
+def ops_table(device: torch.device) -> str:
+    """`ops_rows` as text; a reason that all ops have is said once."""
+    rows = ops_rows(device)
+    reasons = {row["reason"] for row in rows.values()}
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    lines = [f"backend {ops.current_backend()}, {device}, {dtype}" + (f": {min(reasons)}" if len(reasons) == 1 else "")]
+    for op, row in rows.items():
+        lines.append(f"  {op:<38}{row['implementation']:<14}{row['reason'] if len(reasons) > 1 else ''}".rstrip())
     return "\n".join(lines)
 
 

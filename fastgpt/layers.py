@@ -32,6 +32,9 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.scale, self.shift, self.eps)
 
+    def extra_repr(self) -> str:
+        return f"{len(self.scale)}, eps={self.eps}, bias={self.shift is not None}"
+
 
 class Activation(nn.Module):
     """gelu_tanh, gelu or relu."""
@@ -196,8 +199,10 @@ class MultiHeadAttention(nn.Module):
                 out = ops.attention(q, keys, values, causal=True)
             else:
                 out = ops.decode_attention(q, keys, values, cache.device_lengths)
-        B, T, C = x.shape
-        return linear(self.out_proj, out.transpose(1, 2).reshape(B, T, C))
+        return linear(self.out_proj, out.transpose(1, 2).flatten(2))
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, causal={self.causal}"
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, C] -> queries, keys, values [B, H, T, D] each, as views of the projections' output."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,6 +30,7 @@ from fastgpt.inference.cache import KVCache
 from fastgpt.inference.generate import generate_tensor
 from fastgpt.layers import LINEARS, ROUNDED, LayerNorm, MultiHeadAttention, QuantizedLinear, TransformerBlock
 from fastgpt.plan import Plan, TokenWeights, linear, plain
+from fastgpt.text.tokenizer import Tokenizer
 
 _Self = TypeVar("_Self", bound="GPTModel")
 
@@ -52,6 +53,11 @@ class GPTModel(nn.Module):
 
     def __init__(self, cfg: GPTConfig | Mapping[str, Any]) -> None:
         super().__init__()
+        if not isinstance(cfg, (GPTConfig, Mapping)):
+            raise TypeError(
+                f"cfg must be a dict or a GPTConfig, got {cfg!r:.80}; GPTModel.from_pretrained loads a model by name, "
+                "and GPTModel(PRESETS[name]) makes one of that size with fresh weights"
+            )
         config = cfg if isinstance(cfg, GPTConfig) else GPTConfig.from_dict(cfg)
         self.config = config
         self.tok_emb = nn.Embedding(config.padded_vocab_size, config.emb_dim)
@@ -95,6 +101,9 @@ class GPTModel(nn.Module):
         if logits_at is not None:
             x = x[torch.arange(x.shape[0], device=x.device), logits_at].unsqueeze(1)
         return self._unpadded(linear(self.out_head, x))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def hidden_states(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """What the head reads: the final norm's output [B, T, C]. Arguments and errors as `forward`."""
@@ -355,6 +364,7 @@ class GPTModel(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         max_shard_bytes: int | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         """Write config.json and model.safetensors, which transformers and vLLM read as GPT-2 where the config has that form.
 
@@ -364,10 +374,11 @@ class GPTModel(nn.Module):
             directory: made when missing. Each file is written beside its place, synced and renamed.
             dtype: stored dtype of the parameters; None keeps their own.
             max_shard_bytes: larger weights are written as shards of at most so many bytes, with an index.
+            tokenizer: saved beside the weights, as transformers' AutoTokenizer reads it too; config.json names its end of text.
         """
         found = {type(module) for module in self.modules() if type(module) in LINEARS}
         if not found & set(ROUNDED.values()):
-            weights.save_pretrained(self.config, self.state_dict(), directory, dtype, max_shard_bytes)
+            weights.save_pretrained(self.config, self.state_dict(), directory, dtype, max_shard_bytes, tokenizer)
             return
         if len(found) > 1:
             raise ValueError(
@@ -377,6 +388,8 @@ class GPTModel(nn.Module):
         state, rounded = self.state_dict(), {name for name, _ in self.named_buffers()}
         state = {name: t if name in rounded or dtype is None else t.to(dtype) for name, t in state.items()}
         weights.save_rounded(self.config, state, directory, kind, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save(directory)
 
     @property
     def device(self) -> torch.device:
@@ -392,6 +405,9 @@ class GPTModel(nn.Module):
     def _check(self, idx: Tensor, cache: KVCache | None) -> None:
         if idx.dim() != 2 or idx.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"idx must be int32 or int64 [B, T], got {idx.dtype} {list(idx.shape)}")
+        if cache is not None and not isinstance(cache, KVCache):
+            hint = "; model.loss(idx, targets) is the loss" if isinstance(cache, Tensor) else ""
+            raise TypeError(f"cache must be a KVCache, got {type(cache).__name__}{hint}")
         B, T = idx.shape
         if T == 0:
             raise ValueError("idx must hold at least one position a row, got T = 0")

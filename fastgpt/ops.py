@@ -8,19 +8,18 @@ FASTGPT_BACKEND, else it is "auto".
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
+import threading
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fastgpt import cpu_products, reference
+from fastgpt.config import SAMPLERS
 
 BACKENDS = ("auto", "triton", "reference")
-SAMPLERS = ("torch", "fused")  # of tokens; see sampler_kernels
 OPS = (
     "embedding",
     "layer_norm",
@@ -44,28 +43,61 @@ _MIN_CAPABILITY = (8, 0)  # Triton's tl.dot has no tensor-core path before Amper
 
 # Read once, so that torch.compile sees a constant that it can guard.
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-_backend = os.environ.get("FASTGPT_BACKEND", "auto")
+_ENVIRONMENT = os.environ.get("FASTGPT_BACKEND", "auto")
+_backend = _ENVIRONMENT
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run what is inside on one backend: "auto", "triton" or "reference". Holds for the whole process, threads included."""
+class use_backend:
+    """Run on one backend: "auto", "triton" or "reference". As a call from now on, as a context until it is left.
+
+    It holds for the whole process, since autograd's own threads must see what the forward saw. Of several, the newest that was
+    not left holds, whatever thread made it; when all contexts have been left, the last call holds, else FASTGPT_BACKEND.
+    Raises ValueError for any other name.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self._open = _checked(name, "backend"), 0
+        with _choosing:
+            calls = [choice for choice in _choices if not choice._open]
+            _choose([choice for choice in _choices if choice not in calls[:-1]] + [self])
+
+    def __enter__(self) -> None:
+        with _choosing:
+            self._open += 1
+            # A context that is entered again, or whose call another thread has replaced meanwhile, is the newest.
+            _choose(_choices if self._open == 1 and self in _choices else [*_choices, self])
+
+    def __exit__(self, *error: object) -> None:
+        with _choosing:
+            self._open -= 1
+            newest = len(_choices) - 1 - _choices[::-1].index(self)
+            _choose(_choices[:newest] + _choices[newest + 1 :])
+
+
+_choices: list[use_backend] = []  # calls and open contexts, the newest last
+_choosing = threading.Lock()
+
+
+def _choose(choices: list[use_backend]) -> None:
     global _backend
-    previous, _backend = _backend, _checked(name, "backend")
-    try:
-        yield
-    finally:
-        _backend = previous
+    _choices[:] = choices
+    _backend = choices[-1].name if choices else _ENVIRONMENT
 
 
 def device_of(name: str | torch.device) -> torch.device:
-    """The device of that name; ValueError for what is none, and for CUDA where torch sees none."""
+    """The device of that name; ValueError for what is none, and for one that isn't here."""
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
-        raise ValueError(f"device must be cpu, cuda, cuda:N or mps, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {str(name)!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps", "meta"):
+        raise ValueError(f"device must be cpu, cuda, cuda:N or mps, got {name!r}")
+    here = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 1)
+    if (device.index or 0) >= here:
+        raise ValueError(
+            f"device {str(name)!r} was asked for, but torch {torch.__version__} sees {here or 'no'} {device.type.upper()} "
+            f"device{'' if here == 1 else 's'} here"
+        )
     return device
 
 

@@ -9,9 +9,9 @@ import torch
 
 from examples.train_bundled_model import standard_library, xz_bits_per_byte
 from fastgpt import GPTModel
-from fastgpt.checkpoints.weights import BUNDLED
 from fastgpt.cli import main
 from fastgpt.evaluation import evaluate
+from fastgpt.files import BUNDLED
 from fastgpt.text.tokenizer import load_tokenizer
 
 

@@ -402,3 +402,19 @@ def test_from_pretrained_puts_the_model_where_it_is_asked_for(device):
     for name, message in wrong:
         with pytest.raises(ValueError, match=re.escape(message)):
             GPTModel.from_pretrained("bundled", name)
+
+
+def test_common_slips_are_answered_with_the_right_name():
+    with pytest.raises(
+        TypeError, match=r"got 'gpt2'; GPTModel.from_pretrained loads a model by name, and GPTModel\(PRESETS"
+    ):
+        GPTModel("gpt2")
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(TypeError, match=r"cache must be a KVCache, got Tensor; model.loss\(idx, targets\) is the loss"):
+        tiny_model()(ids, ids)
+
+
+def test_a_printed_model_shows_its_widths():
+    text = str(tiny_model())
+    for part in ("LayerNorm(32, eps=1e-05, bias=True)", "num_heads=4, head_dim=8", "in_features=32, out_features=128"):
+        assert part in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,52 @@ def test_use_backend_nests_and_restores_after_an_error():
     assert ops.current_backend() == "auto"
     with pytest.raises(ValueError, match=r"backend must be one of .*, got 'cuda'"), use_backend("cuda"):
         pass
+
+
+def test_use_backend_as_a_call_holds_from_then_on():
+    try:
+        use_backend("reference")
+        assert ops.current_backend() == "reference"
+        with use_backend("triton"):
+            assert ops.current_backend() == "triton"
+        assert ops.current_backend() == "reference"
+        with pytest.raises(ValueError, match="got 'nope'"):
+            use_backend("nope")
+        assert ops.current_backend() == "reference"
+    finally:
+        use_backend("auto")
+    assert ops.current_backend() == "auto"
+
+
+def test_contexts_of_several_threads_leave_nothing_behind():
+    entered, left = threading.Barrier(2), threading.Barrier(2)
+
+    def first() -> None:
+        with use_backend("reference"):
+            entered.wait()
+            left.wait()  # leaves while the other is inside
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    entered.wait()
+    with use_backend("triton"):
+        left.wait()
+        thread.join()
+        assert ops.current_backend() == "triton", "the newest that is open"
+    assert ops.current_backend() == "auto"
+
+    # Any order of entering and leaving, many at once.
+    def hurry(name: str) -> None:
+        for _ in range(300):
+            with use_backend(name), use_backend("auto"):
+                pass
+
+    threads = [threading.Thread(target=hurry, args=(name,)) for name in ("reference", "triton", "auto", "reference")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ops.current_backend() == "auto"
 
 
 def test_asking_for_triton_on_the_cpu_raises_with_the_reason():

@@ -14,8 +14,9 @@ from torch import nn
 
 from examples.train_bundled_model import standard_library
 from fastgpt import GPTModel, cpu_products, generate, quantize, use_backend
-from fastgpt.checkpoints.weights import BUNDLED, CheckpointError, load_pretrained
+from fastgpt.checkpoints.weights import CheckpointError, load_pretrained
 from fastgpt.evaluation import evaluate
+from fastgpt.files import BUNDLED
 from fastgpt.layers import Int4Linear, Int8Linear, QuantizedLinear
 from fastgpt.reference import WIDENED_ROWS
 from fastgpt.text.tokenizer import load_tokenizer

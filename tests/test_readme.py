@@ -28,7 +28,7 @@ COMMANDS = [command for command in COMMANDS if "COMMAND" not in command]
 PARSED = ("make ", "torchrun ", "fastgpt bench", "bash benchmarks/on_gpu.sh", "python -m fastgpt_kernels.aot")
 
 GPT2 = '''"""In place of tiktoken's own file of this name: "gpt2" of the bundled model's tokens, and bytes that no text has."""
-from fastgpt.checkpoints.weights import BUNDLED
+from fastgpt.files import BUNDLED
 from fastgpt.text.tokenizer import read_ranks
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.harness.measure import OURS, Benchmark, Candidate, Case, Wrong, needs
 from benchmarks.harness.record import ROOT
-from fastgpt.checkpoints.weights import BUNDLED
+from fastgpt.files import BUNDLED
 from fastgpt.text.tokenizer import load_tokenizer, read_ranks
 
 MODULES = {

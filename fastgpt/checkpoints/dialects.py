@@ -55,7 +55,7 @@ def read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     if path.stat().st_size > limit:
         raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; at most {limit:,} are read")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors leave a byte-order mark
     except (ValueError, RecursionError) as error:  # bad bytes, bad syntax, integers of thousands of digits
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -111,11 +111,15 @@ def from_config_json(raw: Mapping[str, Any]) -> GPTConfig:
         return config
 
 
-def config_json(config: GPTConfig) -> dict[str, Any]:
-    """A config.json: GPT-2's where transformers computes the same, with the GPTConfig under "fastgpt", which it ignores."""
+def config_json(config: GPTConfig, end_of_text: int | None = None) -> dict[str, Any]:
+    """A config.json: GPT-2's where transformers computes the same, with the GPTConfig under "fastgpt", which it ignores.
+
+    end_of_text: the tokenizer's id of it; None is GPT-2's where the vocabulary has that, else none.
+    """
     if differences(config, "gpt2"):
         return {"model_type": "fastgpt", "fastgpt": config.to_dict()}
-    return {**_gpt2_json(config), "fastgpt": config.to_dict()}
+    end = {} if end_of_text is None else {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    return {**_gpt2_json(config), **end, "fastgpt": config.to_dict()}
 
 
 def book_json(config: GPTConfig) -> dict[str, Any]:

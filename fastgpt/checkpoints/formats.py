@@ -12,9 +12,9 @@ llm.c's format: https://github.com/karpathy/llm.c/blob/master/train_gpt2.py (wri
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
-import secrets
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -291,7 +291,7 @@ def write_safetensors(
         _write_shard(directory / "model.safetensors", tensors, metadata)
         stale = [directory / "model.safetensors.index.json", *directory.glob("model-*-of-*.safetensors")]
     else:
-        metadata["save"] = secrets.token_hex(8)
+        metadata["save"] = _digest(tensors)
         weight_map: dict[str, str] = {}
         for i, shard in enumerate(shards):
             name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -307,9 +307,38 @@ def write_safetensors(
         path.unlink(missing_ok=True)
 
 
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of names and bytes: what tells the shards of one save from those of another."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     contiguous = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
-    atomic_write(path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
+
+    def write(temporary: str) -> None:
+        save_file(contiguous, temporary, metadata=metadata)
+        _settle_header(temporary)
+
+    atomic_write(path, write)
+
+
+def _settle_header(path: str) -> None:
+    """The header with its names in order: safetensors writes metadata as a hash table has it, anew in every process."""
+    with open(path, "rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(
+            {"__metadata__": header.pop("__metadata__"), **header}, separators=(",", ":"), ensure_ascii=False
+        )
+        settled = text.encode().ljust(size)
+        assert len(settled) == size, "the same values take the same room"
+        file.seek(8)
+        file.write(settled)
 
 
 def write_torch(value: Mapping[str, Any], path: Path) -> None:

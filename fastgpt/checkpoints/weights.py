@@ -42,7 +42,8 @@ from fastgpt.checkpoints.dialects import (
 from fastgpt.checkpoints.layouts import checked, infer, padded, pieces, plan, settle, to_layout, widened
 from fastgpt.checkpoints.names import DTYPES, HEADS, CheckpointError, detect, differences, expected_shapes
 from fastgpt.config import GPTConfig
-from fastgpt.files import write_text
+from fastgpt.files import BUNDLED, write_text
+from fastgpt.text.tokenizer import Tokenizer
 
 __all__ = [
     "BUNDLED",
@@ -50,6 +51,7 @@ __all__ = [
     "HUB_NAMES",
     "CheckpointError",
     "Loaded",
+    "directory_of",
     "expected_shapes",
     "load",
     "load_pretrained",
@@ -61,8 +63,19 @@ __all__ = [
     "widened",
 ]
 
+# What a hub's repository has of a tokenizer, and what `convert --to hf` takes along.
+TOKENIZER_NAMES = (
+    *(
+        "fastgpt_tokenizer.json",
+        "tokenizer.tiktoken",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+        "merges.txt",
+    ),
+    *("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model", "vocab.txt"),
+)
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-BUNDLED = Path(__file__).parent.parent / "assets"
 FORMATS = {"hf": "gpt2", "nanogpt": "nanogpt", "llms-from-scratch": "llms-from-scratch", "llmc": "llmc"}  # -> layout
 # What a directory may hold, the first of these that is there; an .index.json names shards.
 SAFE_NAMES = ("model.safetensors", "model.safetensors.index.json")
@@ -118,8 +131,11 @@ def save_pretrained(
     directory: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     max_shard_bytes: int | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
-    """Write model.safetensors and config.json. GPT-2's layout where it can say what the config says, else GPTModel's own names.
+    """Write model.safetensors, config.json and the tokenizer's files.
+
+    GPT-2's layout where it can say what the config says, else GPTModel's own names.
 
     A GPT-2 config.json also carries the GPTConfig under "fastgpt" (transformers ignores it), so that loading here is exact. The
     weights carry it too: weights and config.json of two saves, of which one was interrupted, don't load as a model. With
@@ -130,7 +146,14 @@ def save_pretrained(
     tensors = _stored(config, state_dict, dtype)
     layout = "fastgpt" if differences(config, "gpt2") else "gpt2"
     formats.write_safetensors(config, to_layout(config, tensors, layout), Path(directory), max_shard_bytes)
-    write_text(Path(directory) / "config.json", json.dumps(config_json(config), indent=2) + "\n")
+    _write_config(config, Path(directory), tokenizer)
+
+
+def _write_config(config: GPTConfig, directory: Path, tokenizer: Tokenizer | None) -> None:
+    said = config_json(config, None if tokenizer is None else tokenizer.end_of_text)
+    write_text(directory / "config.json", json.dumps(said, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save(directory)
 
 
 def save_rounded(
@@ -170,10 +193,11 @@ def save_as(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int | None = None,
     pickled: bool = False,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Write the model as another program reads it.
 
-        hf                  directory: config.json and model.safetensors (or shards; pickled: pytorch_model.bin)
+        hf                  directory: config.json, model.safetensors (or shards; pickled: pytorch_model.bin), tokenizer
         nanogpt             directory: ckpt.pt, for sample.py; it has no optimizer
         llms-from-scratch   directory: config.json (the dict of the book's GPTModel) and model.pth (its state dict, with masks)
         llmc                file
@@ -190,12 +214,12 @@ def save_as(
         raise ValueError(f"format {format!r} can't say what the config says: {said}")
     path = Path(path)
     if format == "hf" and not pickled:
-        save_pretrained(config, state_dict, path, dtype, max_shard_bytes)
+        save_pretrained(config, state_dict, path, dtype, max_shard_bytes, tokenizer)
         return
     tensors = _stored(config, state_dict, dtype)
     if format == "hf":
         formats.write_torch(formats.owned(to_layout(config, tensors, "gpt2")), path / "pytorch_model.bin")
-        write_text(path / "config.json", json.dumps(config_json(config), indent=2) + "\n")
+        _write_config(config, path, tokenizer)
     elif format == "nanogpt":
         formats.write_torch(formats.nanogpt_checkpoint(config, tensors), path / "ckpt.pt")
     elif format == "llmc":
@@ -205,6 +229,11 @@ def save_as(
         formats.write_torch(formats.owned(book), path / "model.pth")
         book_config = config.replace(bias=True, tie_weights=False)
         write_text(path / "config.json", json.dumps(book_json(book_config), indent=2) + "\n")
+
+
+def directory_of(source: str | os.PathLike[str], revision: str | None = None, allow_pickle: bool = False) -> Path:
+    """The directory of a checkpoint: where its config and tokenizer stand. Of a hub name, the local copy, fetched if need be."""
+    return _locate(source, revision, allow_pickle)[0]
 
 
 def _stored(config: GPTConfig, state_dict: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -254,7 +283,8 @@ def _locate(source: str | os.PathLike[str], revision: str | None, allow_pickle: 
     names = (*SAFE_NAMES, *PICKLE_NAMES, TENSORFLOW_NAME)
     name = next((name for name in names if (path / name).is_file()), None)
     if name is None:
-        raise CheckpointError(f"{path} has no model.safetensors, nor any of {', '.join(names[1:])}")
+        hub = f"; for {source!r} of the hub pass {HUB_NAMES[str(source)]!r}" if str(source) in HUB_NAMES else ""
+        raise CheckpointError(f"the directory {path} has no model.safetensors, nor any of {', '.join(names[1:])}{hub}")
     return path, _shards(path / name) if name.endswith(".index.json") else [path / name]
 
 
@@ -283,7 +313,7 @@ def _download(name: str, revision: str | None, allow_pickle: bool) -> Path:
         )
     import huggingface_hub
 
-    patterns = ["config.json", *SAFE_NAMES, "model-*.safetensors"]
+    patterns = ["config.json", *SAFE_NAMES, "model-*.safetensors", *TOKENIZER_NAMES]
     try:
         found = huggingface_hub.snapshot_download(
             HUB_NAMES.get(name, name),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+EXAMPLE = "fastgpt bench generate --quick"
 HELP = "Time this machine: kernels, generation and training beside the reference and installed peers."
 
 ROOT = Path(__file__).resolve().parents[2]

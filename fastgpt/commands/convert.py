@@ -13,22 +13,28 @@ import dataclasses
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from fastgpt.commands import DONE
+from fastgpt.commands.options import DTYPES, pick_dtype
 
-from fastgpt.checkpoints.layouts import same
-from fastgpt.checkpoints.names import differences
-from fastgpt.checkpoints.weights import FORMATS, Loaded, load, padded, save_as, widened
-from fastgpt.commands.options import DTYPE_FLAGS
-from fastgpt.config import GPTConfig
-from fastgpt.model import GPTModel
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
+    from fastgpt.checkpoints.weights import Loaded
+    from fastgpt.config import GPTConfig
+    from fastgpt.model import GPTModel
+    from fastgpt.text.tokenizer import Tokenizer
+
+EXAMPLE = "fastgpt convert run gpt2.bin --to llmc"
 HELP = "Convert a checkpoint to another program's format, and check the result by its logits."
 
+TO = ("hf", "nanogpt", "llms-from-scratch", "llmc")  # fastgpt.checkpoints.weights.FORMATS
 # What a format may be unable to say -> the word that gives it up.
 DROPS = {"tie_weights": "head", "head_bias": "head_bias", "activation": "activation", "norm_eps": "norm_eps"}
 # A product of another shape (a cut or padded vocabulary), or a bias of zeros, may be summed in another order.
@@ -40,8 +46,8 @@ REPLACED = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="a directory, a file, bundled, or a name on the hub; by content")
     parser.add_argument("destination", metavar="DST", type=Path, help="a directory; for llmc a file")
-    parser.add_argument("--to", required=True, choices=list(FORMATS), help="whose format to write")
-    parser.add_argument("--dtype", choices=list(DTYPE_FLAGS), help="of what is written; default: the source's")
+    parser.add_argument("--to", required=True, choices=TO, help="whose format to write")
+    parser.add_argument("--dtype", choices=DTYPES, help="of what is written; default: the source's")
     parser.add_argument("--allow-pickle", action="store_true", help="open SRC by torch.load(weights_only=True)")
     parser.add_argument(
         "--drop", nargs="+", default=[], choices=list(DROPS.values()), help="give up what the format can't say"
@@ -56,15 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from fastgpt.checkpoints.weights import load, save_as
+
     destination: Path = arguments.destination
     _check_destination(destination, arguments.to, arguments.force)
     loaded = load(arguments.source, allow_pickle=arguments.allow_pickle)
     if not arguments.allow_nonfinite:
         _refuse_nonfinite(loaded.tensors)
     config, tensors = fit(loaded.config, loaded.tensors, arguments.to, arguments.drop, arguments.vocab_size)
-    dtype = DTYPE_FLAGS.get(arguments.dtype)
+    dtype = pick_dtype(arguments.dtype)
+    tokenizer = _tokenizer(arguments.source, config, arguments) if arguments.to == "hf" else None
     with _beside(destination) as temporary:
-        save_as(config, tensors, temporary, arguments.to, dtype, arguments.max_shard_bytes, pickled=arguments.pickle)
+        save_as(config, tensors, temporary, arguments.to, dtype, arguments.max_shard_bytes, arguments.pickle, tokenizer)
         written = load(temporary, allow_pickle=True)
         _compare_weights(tensors, written.tensors, dtype)
         difference, largest, rounding = _compare_logits(loaded, written)
@@ -89,13 +98,35 @@ def run(arguments: argparse.Namespace) -> int:
             else "identical (difference 0)"
         )
     )
-    return 0
+    return DONE
+
+
+def _tokenizer(source: str, config: GPTConfig, arguments: argparse.Namespace) -> Tokenizer | None:
+    """The source's own tokenizer, to go with the model; None, and a line on stderr, where there is none that fits."""
+    from fastgpt.commands.options import tokenizer_of
+
+    try:
+        tokenizer = tokenizer_of(source, arguments.allow_pickle)
+    except (ValueError, OSError) as error:
+        print(f"no tokenizer is written: {error}", file=sys.stderr)
+        return None
+    if tokenizer.n_vocab <= config.vocab_size:
+        return tokenizer
+    print(
+        f"no tokenizer is written: {source}'s has {tokenizer.n_vocab:,} ids, the model {config.vocab_size:,}",
+        file=sys.stderr,
+    )
+    return None
 
 
 def fit(
     config: GPTConfig, tensors: dict[str, Tensor], format: str, drop: Sequence[str] = (), vocab_size: int | None = None
 ) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Config and state dict as the format can say them. ValueError with all that would be lost and isn't in `drop`."""
+    from fastgpt.checkpoints.layouts import same
+    from fastgpt.checkpoints.names import differences
+    from fastgpt.checkpoints.weights import FORMATS
+
     tensors = dict(tensors)
     if vocab_size is not None:
         if not 1 <= vocab_size <= config.vocab_size:
@@ -132,6 +163,8 @@ def fit(
 
 
 def _refuse_nonfinite(tensors: dict[str, Tensor]) -> None:
+    import torch
+
     counts = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in tensors.items()}
     bad = [f"{name}: {count:,} of {tensors[name].numel():,}" for name, count in counts.items() if count]
     if bad:
@@ -140,6 +173,8 @@ def _refuse_nonfinite(tensors: dict[str, Tensor]) -> None:
 
 def _compare_weights(tensors: dict[str, Tensor], written: dict[str, Tensor], dtype: torch.dtype | None) -> None:
     """ValueError unless `written` is `tensors` in `dtype`, and beside them zero biases and the head of a tied model."""
+    import torch
+
     wrong = []
     for name, tensor in written.items():
         expected = tensors.get(name, tensors["tok_emb.weight"] if name == "out_head.weight" else None)
@@ -155,14 +190,16 @@ def _compare_weights(tensors: dict[str, Tensor], written: dict[str, Tensor], dty
         raise ValueError(f"weights did not come back as they were written, nothing is kept: {', '.join(wrong)}")
 
 
-@torch.no_grad()
 def _compare_logits(source: Loaded, written: Loaded) -> tuple[float, float, float]:
     """(largest difference, largest logit, what roundings may make of it), computed in fp32, or fp64 where either has that."""
+    import torch
+
     wide = any(t.dtype == torch.float64 for loaded in (source, written) for t in loaded.tensors.values())
     dtype = torch.float64 if wide else torch.float32
     V, T = written.config.vocab_size, min(written.config.context_length, 64)
     ids = torch.randint(0, V, (2, T), generator=torch.Generator().manual_seed(0))
-    before, after = (_model(loaded, dtype)(ids)[..., :V] for loaded in (source, written))
+    with torch.no_grad():
+        before, after = (_model(loaded, dtype)(ids)[..., :V] for loaded in (source, written))
     unequal = ~((before == after) | (before.isnan() & after.isnan()))
     difference = float((before - after)[unequal].abs().max()) if unequal.any() else 0.0
     largest = float(before.abs().nan_to_num(posinf=0.0).max())
@@ -170,6 +207,11 @@ def _compare_logits(source: Loaded, written: Loaded) -> tuple[float, float, floa
 
 
 def _model(loaded: Loaded, dtype: torch.dtype) -> GPTModel:
+    import torch
+
+    from fastgpt.checkpoints.weights import padded, widened
+    from fastgpt.model import GPTModel
+
     with torch.device("meta"):
         model = GPTModel(loaded.config)
     model.load_state_dict(padded(widened(loaded.tensors, dtype), loaded.config), assign=True)
@@ -178,6 +220,8 @@ def _model(loaded: Loaded, dtype: torch.dtype) -> GPTModel:
 
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
     """Whether every number of `narrow` is one of `wide`."""
+    import torch
+
     return torch.promote_types(wide, narrow) == wide
 
 

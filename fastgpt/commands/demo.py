@@ -6,15 +6,13 @@ import argparse
 import random
 import sys
 import time
+from typing import TYPE_CHECKING
 
-import torch
-
-from fastgpt.checkpoints.weights import BUNDLED
+from fastgpt.commands import DONE, FAILED
 from fastgpt.commands.options import device_option, pick_device
-from fastgpt.inference.generate import generate
-from fastgpt.info import ops_table
-from fastgpt.model import GPTModel
-from fastgpt.text.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from fastgpt.model import GPTModel
 
 # No line end behind it: GPT-2's pattern makes one token of a line end and the spaces after it, so that the model, which has seen
 # no other, would go on unindented.
@@ -25,19 +23,25 @@ NEW_TOKENS = 24
 
 
 HELP = "Stream a continuation from the bundled model, then compare generation with and without the KV cache."
+EXAMPLE = "fastgpt demo --seed 3"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=160, help="length of the continuation")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same text")
     device_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the demo; returns 1 if generation with and without the cache ever disagree, else 0."""
+    """Print the demo; it failed if generation with and without the cache ever disagree."""
+    import torch
+
+    from fastgpt import GPTModel, generate, load_tokenizer
+    from fastgpt.info import ops_table
+
     device = pick_device(arguments.device)
     model = GPTModel.from_pretrained("bundled", device)
-    tokenizer = load_tokenizer(BUNDLED)
+    tokenizer = load_tokenizer("bundled")
     config = model.config
     print(
         f"The bundled model: {config.num_parameters / 1e6:.1f}M parameters, {config.n_layers} layers, width {config.emb_dim}, "
@@ -80,11 +84,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     print("\n--- Which code ran, and why ---\n")
     print(ops_table(device))
-    return 0 if agree else 1
+    return DONE if agree else FAILED
 
 
 def _rate(model: GPTModel, prompt: list[int], use_cache: bool) -> tuple[list[int], float]:
     """Greedy tokens, and tokens per second after the first one (which pays for reading the prompt)."""
+    from fastgpt import generate
+
     tokens: list[int] = []
     started = 0.0
     for step in generate(model, [prompt], NEW_TOKENS, use_cache=use_cache, stream=True):

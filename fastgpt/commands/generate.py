@@ -7,30 +7,27 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
+from fastgpt.commands import DONE
 from fastgpt.commands.options import device_option, dtype_option, load_model, model_option
-from fastgpt.inference.arguments import OVERFLOWS
-from fastgpt.inference.generate import generate
-from fastgpt.ops import SAMPLERS
-from fastgpt.quantization import quantize
-from fastgpt.text.data import read_text
+from fastgpt.config import OVERFLOWS, SAMPLERS
+from fastgpt.text.documents import read_text
 
 HELP = "Continue a prompt."
+EXAMPLE = 'fastgpt generate "def main():" --temperature 0.7 --top-p 0.9 --seed 1'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", help="text; without it and without --prompt-file, standard input is read")
     parser.add_argument("--prompt-file", type=Path, help="read the prompt from a file")
     model_option(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="to add, at most")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely token")
     parser.add_argument("--top-k", type=int, help="keep the K most likely tokens; 0 keeps all")
     parser.add_argument("--top-p", type=float, help="keep the most likely tokens that sum to P")
     parser.add_argument(
         "--min-p", type=float, help="keep tokens at least this fraction as likely as the most likely one"
     )
-    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="divides the logits of tokens that came")
     parser.add_argument("--seed", type=int, help="same seed, same text; without one each run differs")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given more than once"
@@ -50,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rounded.add_argument("--int8", action="store_true", help="round the weights to 8 bits once they are loaded")
     rounded.add_argument("--int4", action="store_true", help="round them to 4 bits, which are read on a CPU alone")
     parser.add_argument("--no-cache", action="store_true", help="recompute everything for each token")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object, in ASCII, instead of streaming text"
+    )
     dtype_option(parser)
     device_option(parser)
 
@@ -70,6 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
     if "" in arguments.stop:
         raise ValueError("--stop must not be empty")
     model, tokenizer = load_model(arguments)
+    import torch
+
+    from fastgpt import generate, quantize
+
     if arguments.int8 or arguments.int4:
         model = quantize(model, "int8" if arguments.int8 else "int4")
     prompt = tokenizer.encode(text)
@@ -132,10 +135,10 @@ def run(arguments: argparse.Namespace) -> int:
             "tokens": tokens,
             "logprobs": logprobs,
         }
-        print(json.dumps(record, ensure_ascii=False))
+        print(json.dumps(record))
     else:
         out.write(pieces[-1] + "\n")
-    return 0
+    return DONE
 
 
 class StopText:

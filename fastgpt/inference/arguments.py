@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 import torch
 from torch import Tensor
 
-from fastgpt.config import ContextLengthError, TokenIdError
+from fastgpt.config import OVERFLOWS, ContextLengthError, TokenIdError
 from fastgpt.inference.sampling import whole_number
 from fastgpt.inference.speculation import check_lookup
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from fastgpt.inference.generate import Request
 
 Prompts: TypeAlias = Sequence[Sequence[int] | Tensor] | Tensor
-
-OVERFLOWS = ("crop", "stop", "error")
 
 
 class Options(TypedDict, total=False):

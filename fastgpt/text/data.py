@@ -7,9 +7,7 @@ the ends, and the state of a run is one number. Where documents are kept apart, 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -107,15 +105,6 @@ class TokenStream:
         return start, min(start + self.context + 1, after)
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
-    """A file's text; ValueError with the position of the first byte that isn't UTF-8."""
-    raw = Path(path).read_bytes()
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start:,}") from error
-
-
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> np.ndarray:
     """All documents' ids in one array, "<|endoftext|>" after each where the tokenizer has it; uint16 where ids fit."""
     pieces: list[np.ndarray] = []
@@ -145,16 +134,3 @@ def split_validation(tokens: np.ndarray, fraction: float, at_least: int) -> tupl
             f"{len(tokens):,} tokens are too few to hold {held:,} out for validation; add text or lower the context"
         )
     return tokens[:-held], tokens[-held:]
-
-
-def expand(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The files named, and every file below the directories named, sorted; FileNotFoundError names what isn't there."""
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            files += sorted(file for file in path.rglob("*") if file.is_file())
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise FileNotFoundError(f"no file or directory at {str(path)!r}")
-    return files

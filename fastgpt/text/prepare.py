@@ -9,7 +9,6 @@ and is skipped when the command is run again.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -20,46 +19,34 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fastgpt.files import write_text
-from fastgpt.text.data import encode_with_starts, expand, read_text
+from fastgpt.text.data import encode_with_starts
+from fastgpt.text.documents import Source, documents, find, sources
 from fastgpt.text.shards import DATASET, write_shard
 from fastgpt.text.tokenizer import SymbolTokenizer, Tokenizer, load_tokenizer
 
 PLAN = "plan.json"
-DATASET_ROWS = 20_000  # of a Hugging Face dataset in a unit: about 100 MB of web pages
+HELD_BYTES = 8192  # a block of GPT-2's context, which a validation loss needs, where a token has up to eight bytes
 TRAIN, VALIDATION, DUPLICATE = 0, 1, 2
-
-
-class Source(NamedTuple):
-    """Part of an input that is read in one go.
-
-    kind: "text" (a file is a document), "jsonl" (bytes start .. stop), "parquet" (row groups), "dataset" (rows).
-    size: bytes of it, roughly, for the progress and for cutting units.
-    """
-
-    kind: str
-    path: str
-    start: int
-    stop: int
-    size: int
 
 
 @dataclass(frozen=True)
 class PrepareSettings:
     """How to prepare. Raises ValueError that names the field, what came and what was expected."""
 
-    tokenizer: str = "gpt2"  # gpt2, char, word, a file or a directory
+    tokenizer: str = "gpt2"  # gpt2, bundled, char, word, a file or a directory
     field: str = "text"  # of .jsonl, parquet and datasets
-    validation: float = 0.01  # share of the documents to hold out; at least one
+    validation: float | None = None  # share of the documents to hold out; None: 1%, and at least HELD_BYTES of text
     deduplicate: bool = False  # leave out documents whose text is exactly that of an earlier one
     shard_bytes: int = 64_000_000  # of text a shard, about
+    include: str = ""  # pattern of the names to take below directories; empty: whatever is text
 
     def __post_init__(self) -> None:
-        if not 0 <= self.validation < 1:
+        if self.validation is not None and not 0 <= self.validation < 1:
             raise ValueError(f"validation must be at least 0 and less than 1, got {self.validation}")
         if self.shard_bytes < 1:
             raise ValueError(f"shard_bytes must be at least 1, got {self.shard_bytes}")
@@ -80,13 +67,20 @@ def prepare(
     """Write the shards of `inputs` into `out`; returns what dataset.json says of them.
 
     Args:
-        inputs: text files, .jsonl, .parquet, directories of them, or "hf:NAME[:CONFIG]" for the train split of a dataset.
+        inputs: text files, .jsonl, .parquet, directories of them, or "hf:NAME[:CONFIG]" for the train split of a dataset. What
+            is no text below a directory is left out, and listed under "skipped".
         out: made when missing. ValueError where it holds other inputs or options.
         workers: processes; 1 uses this one.
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
-    units = _units(_sources(inputs), settings.shard_bytes)
+    files: list[str] = []
+    skipped: list[str] = []
+    for name in inputs:
+        found_here = None if name.startswith("hf:") else find([name], settings.include or None)
+        files += [name] if found_here is None else map(str, found_here.files)
+        skipped += [] if found_here is None else map(str, found_here.skipped)
+    units = _units(sources(files), settings.shard_bytes)
     plan = {"inputs": list(inputs), "settings": asdict(settings), "fingerprint": _fingerprint(units)}
     out.mkdir(parents=True, exist_ok=True)
     _check_plan(out, plan)
@@ -95,13 +89,14 @@ def prepare(
     for path in out.glob(".*"):
         if re.fullmatch(r"\..*\.bin\.[0-9a-f]{16}", path.name):  # of a process that was killed
             path.unlink()
-    write_text(out / PLAN, json.dumps(plan, indent=1) + "\n")
     tokenizer = _tokenizer(settings, units)
     tokenizer.save(out)
     sizes = [sum(source.size for source in unit) for unit in units]
     with _each(workers, out, settings.field) as each:
         hashes = list(_reported(each(_hashes, [(unit,) for unit in units]), "reading", sizes, progress))
         labels = _labels(hashes, settings)
+        # Only now: inputs or options that fail before a shard is written leave nothing that a corrected command would run into.
+        write_text(out / PLAN, json.dumps(plan, indent=1) + "\n")
         todo = [i for i in range(len(units)) if not _record(out, i).is_file()]
         done = each(_encode, [(i, units[i], labels[i]) for i in todo])
         for _ in _reported(done, "encoding", [sizes[i] for i in todo], progress):
@@ -114,108 +109,12 @@ def prepare(
         found["tokens"][split] = sum(part["tokens"] for part in parts)
         found["documents"][split] = sum(part["documents"] for part in parts)
     found["duplicates"] = sum(int((label == DUPLICATE).sum()) for label in labels)
+    found["skipped"] = skipped
     found["bytes"] = sum(record["bytes"] for record in records)
     write_text(out / DATASET, json.dumps(found | plan, indent=1) + "\n")
     for i in range(len(units)):
         _record(out, i).unlink()
     return found | plan
-
-
-def documents(source: Source, field: str) -> Iterator[str]:
-    """The texts of a source. ValueError names the file and place of one that can't be read."""
-    if source.kind == "text":
-        yield read_text(source.path)
-    elif source.kind == "jsonl":
-        yield from _lines(source, field)
-    elif source.kind == "parquet":
-        import pyarrow.parquet
-
-        with pyarrow.parquet.ParquetFile(source.path) as file:
-            if field not in file.schema_arrow.names:
-                raise ValueError(f"{source.path} has no column {field!r}; it has {', '.join(file.schema_arrow.names)}")
-            groups = list(range(source.start, source.stop))
-            for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[field]):
-                for text in batch.column(0).to_pylist():
-                    yield _text(text, field, source.path)
-    else:
-        rows = _dataset(source.path)
-        for row in range(source.start, source.stop):
-            record = rows[row]
-            if field not in record:
-                raise ValueError(f"{source.path} has no field {field!r}; it has {', '.join(record)}")
-            yield _text(record[field], field, f"{source.path}, row {row:,}")
-
-
-def _lines(source: Source, field: str) -> Iterator[str]:
-    """A line belongs to the range that its first byte is in."""
-    with open(source.path, "rb") as file:
-        if source.start:
-            file.seek(source.start - 1)
-            file.readline()
-        while (place := file.tell()) < source.stop:
-            line = file.readline()
-            if not line.strip():
-                continue
-            where = f"{source.path}, line at byte {place:,}"
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: not a JSON object in UTF-8: {error}") from error
-            if not isinstance(record, dict) or field not in record:
-                raise ValueError(f"{where}: an object with a field {field!r} was expected, got {line[:60]!r}")
-            yield _text(record[field], field, where)
-
-
-def _text(value: Any, field: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: {field!r} must be text, got {value!r:.60}")
-    return value.encode("utf-8", errors="replace").decode("utf-8")  # JSON can hold half a surrogate pair, UTF-8 can't
-
-
-def _sources(inputs: Sequence[str]) -> list[Source]:
-    """What the inputs are made of, in order."""
-    found: list[Source] = []
-    for name in inputs:
-        if name.startswith("hf:"):
-            rows = len(_dataset(name))
-            for start in range(0, rows, DATASET_ROWS):
-                stop = min(start + DATASET_ROWS, rows)
-                found.append(Source("dataset", name, start, stop, (stop - start) * 5000))
-            continue
-        for path in expand([name]):
-            size = path.stat().st_size
-            if path.suffix == ".parquet":
-                found += _row_groups(path)
-            else:
-                found.append(Source("jsonl" if path.suffix == ".jsonl" else "text", str(path), 0, size, size))
-    return found
-
-
-def _row_groups(path: Path) -> list[Source]:
-    _needs("pyarrow", str(path))
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            groups = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is not a parquet file: {error}") from error
-    return [Source("parquet", str(path), i, i + 1, size) for i, size in enumerate(groups)]
-
-
-def _dataset(name: str) -> Any:
-    """The train split of "hf:NAME[:CONFIG]", from the hub or its cache."""
-    _needs("datasets", name)
-    import datasets
-
-    path, _, config = name.removeprefix("hf:").partition(":")
-    return datasets.load_dataset(path, config or None, split="train")
-
-
-def _needs(module: str, what: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise ValueError(f"{what} needs {module}, which isn't installed: pip install 'fastgpt-triton[data]'")
 
 
 def _units(sources: Iterable[Source], most: int) -> list[list[Source]]:
@@ -273,17 +172,21 @@ def _tokenizer(settings: PrepareSettings, units: list[list[Source]]) -> Tokenize
 
 def _labels(hashes: list[np.ndarray], settings: PrepareSettings) -> list[np.ndarray]:
     """For each unit, TRAIN, VALIDATION or DUPLICATE of each document, uint8."""
-    every = np.concatenate(hashes) if hashes else np.empty((0, 2), np.uint64)
+    every = np.concatenate(hashes) if hashes else np.empty((0, 3), np.uint64)
     if len(every) == 0:
         raise ValueError("the inputs hold no document")
     order = np.lexsort((every[:, 1], every[:, 0]))  # stable: of equal hashes the earliest document comes first
     repeats = np.zeros(len(every), dtype=bool)
     repeats[order[1:]] = (every[order[1:]] == every[order[:-1]]).all(axis=1)
     labels = np.full(len(every), TRAIN, dtype=np.uint8)
-    distinct = np.sort(every[~repeats, 0])
-    if settings.validation > 0 and len(distinct) > 1:
-        held = min(max(round(settings.validation * len(distinct)), 1), len(distinct) - 1)
-        labels[every[:, 0] <= distinct[held - 1]] = VALIDATION
+    distinct = every[order][~repeats[order]]
+    if settings.validation != 0 and len(distinct) > 1:
+        held = max(round((settings.validation or 0.01) * len(distinct)), 1)
+        if settings.validation is None:
+            enough = int(np.searchsorted(np.cumsum(distinct[:, 2]), HELD_BYTES)) + 1
+            held = max(held, min(enough, len(distinct) // 2))
+        held = min(held, len(distinct) - 1)
+        labels[every[:, 0] <= distinct[held - 1, 0]] = VALIDATION
     if settings.deduplicate:
         labels[repeats] = DUPLICATE
     return np.split(labels, np.cumsum([len(part) for part in hashes])[:-1])
@@ -304,13 +207,10 @@ def _begin(out: Path, field: str) -> None:
 
 
 def _hashes(unit: list[Source]) -> np.ndarray:
-    """128 bits of BLAKE2b of each document's text, uint64 [D, 2]."""
-    digests = [
-        hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
-        for source in unit
-        for text in documents(source, _worker[1])
-    ]
-    return np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
+    """128 bits of BLAKE2b of each document's text, and its bytes, uint64 [D, 3]."""
+    texts = (text.encode("utf-8") for source in unit for text in documents(source, _worker[1]))
+    rows = [hashlib.blake2b(text, digest_size=16).digest() + len(text).to_bytes(8, "little") for text in texts]
+    return np.frombuffer(b"".join(rows), dtype="<u8").reshape(-1, 3)
 
 
 def _encode(index: int, unit: list[Source], labels: np.ndarray) -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fastgpt.files import atomic_write
+from fastgpt.text.formats import META
+from fastgpt.text.tokenizer import FILE
 
 DATASET = "dataset.json"
 MAGIC, VERSION, HEADER = b"fgtokens", 1, struct.Struct("<8sIIQQQ24x")
@@ -80,9 +83,20 @@ def read_shard(path: str | os.PathLike[str]) -> Shard:
         raise ValueError(
             f"{path} is not a file of token ids: it has no header that is known, and its name doesn't end in .bin"
         )
+    if head.startswith(b"\x93NUMPY"):
+        raise ValueError(
+            f"{path} is a .npy file of numpy under another name; write its ids alone, as uint16: ids.tofile(path)"
+        )
     if size == 0 or size % 2:
         raise ValueError(f"{path} has {size:,} bytes; nanoGPT's format is uint16 ids, two bytes each, at least one")
-    return Shard(_map(path, np.dtype("<u2"), size // 2, 0), None, None)
+    tokens = _map(path, np.dtype("<u2"), size // 2, 0)
+    if len(tokens) >= 64 and np.count_nonzero(tokens[1:100_000:2]) * 100 < len(tokens[1:100_000:2]):
+        warnings.warn(
+            f"{path}: nearly every second id is 0, as where uint32 ids are read as uint16; nanoGPT's format is uint16. "
+            "`fastgpt prepare` writes shards that say what they are",
+            stacklevel=2,
+        )
+    return Shard(tokens, None, None)
 
 
 def _ours(path: Path, head: bytes, size: int) -> Shard:
@@ -152,6 +166,12 @@ def document_starts(tokens: np.ndarray, end_of_text: int | None) -> np.ndarray:
         found.append(np.flatnonzero(tokens[start : start + (1 << 24)] == end_of_text) + start + 1)
     starts = np.concatenate(found)
     return starts[starts < len(tokens)]
+
+
+def tokenizer_beside(path: Path) -> Path | None:
+    """The directory of a token file or of token files, if it says what tokenizer made them: ours, or nanoGPT's meta.pkl."""
+    directory = path if path.is_dir() else path.parent
+    return directory if (directory / FILE).is_file() or (directory / META).is_file() else None
 
 
 def holds_tokens(path: Path) -> bool:

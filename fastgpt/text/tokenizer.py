@@ -4,7 +4,8 @@ Text is encoded as ordinary text: the string "<|endoftext|>" in a prompt becomes
 special token is asked for by `allowed_special`. Decoding is incremental where wanted and never emits half a character.
 
 A saved tokenizer is `fastgpt_tokenizer.json`, with the ranks of a byte-pair encoding beside it in `tokenizer.tiktoken`
-(tiktoken's format: a base64 token and its rank a line).
+(tiktoken's format: a base64 token and its rank a line), and `tokenizer.json` with `tokenizer_config.json` for transformers and
+what is built on it. Other programs' tokenizers are read by fastgpt.text.formats.
 """
 
 from __future__ import annotations
@@ -20,15 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgpt.config import MAX_SIZES
-from fastgpt.files import write_text
+from fastgpt.files import BUNDLED, write_text
+from fastgpt.text import formats
+from fastgpt.text.formats import GPT2_PATTERN, BytePairs
 
 if TYPE_CHECKING:
     import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
-
-# How GPT-2 cuts text before merging: https://github.com/openai/gpt-2/blob/master/src/encoder.py
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 FILE = "fastgpt_tokenizer.json"
 RANKS = "tokenizer.tiktoken"
@@ -62,8 +62,9 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        """Text of ids. Bytes that are no UTF-8 become U+FFFD, and so does an id that the vocabulary lacks (models are padded)."""
+        stream = self.stream()
+        return "".join([stream.add(token) for token in ids]) + stream.finish()
 
     def stream(self) -> StreamDecoder:
         """A decoder to feed with ids one by one."""
@@ -85,8 +86,11 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
-        """The text that `token` completes; may be empty."""
-        return self._utf8.decode(self._tokenizer.decode_bytes([token]))
+        """The text that `token` completes; may be empty. U+FFFD for an id that the vocabulary lacks."""
+        try:
+            return self._utf8.decode(self._tokenizer.decode_bytes([token]))
+        except ValueError:
+            return self.finish() + "\ufffd"
 
     def finish(self) -> str:
         """What is left over: U+FFFD if the last character never became whole."""
@@ -99,17 +103,30 @@ class BytePairTokenizer(Tokenizer):
     Args:
         encoding: a tiktoken.Encoding.
         name: "gpt2" for OpenAI's vocabulary; None for one that has to be saved with the model.
+        added: those of its special tokens that are tokens wherever they stand in a text.
+        end: the special token that ends a text.
     """
 
-    def __init__(self, encoding: tiktoken.Encoding, name: str | None = None) -> None:
-        self.encoding, self.name = encoding, name
+    def __init__(
+        self,
+        encoding: tiktoken.Encoding,
+        name: str | None = None,
+        added: Collection[str] = (),
+        end: str | None = END_OF_TEXT,
+    ) -> None:
+        self.encoding, self.name, self.added = encoding, name, frozenset(added)
         self.n_vocab = encoding.n_vocab
         special = encoding._special_tokens
-        self.end_of_text = special.get(END_OF_TEXT)
+        self.end_of_text = None if end is None else special.get(end)
 
     @classmethod
     def from_ranks(
-        cls, ranks: dict[bytes, int], pattern: str = GPT2_PATTERN, special_tokens: dict[str, int] | None = None
+        cls,
+        ranks: dict[bytes, int],
+        pattern: str = GPT2_PATTERN,
+        special_tokens: dict[str, int] | None = None,
+        added: Collection[str] = (),
+        end: str | None = END_OF_TEXT,
     ) -> BytePairTokenizer:
         """From tiktoken ranks; "<|endoftext|>" gets the lowest free id unless special tokens are given."""
         import tiktoken
@@ -133,23 +150,27 @@ class BytePairTokenizer(Tokenizer):
                     f"ids must be whole numbers under {MAX_SIZES['vocab_size']:,}, each once; {token!r} has {i!r}"
                 )
             seen.add(i)
-        return cls(tiktoken.Encoding("fastgpt", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens))
+        encoding = tiktoken.Encoding("fastgpt", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+        return cls(encoding, added=added, end=end)
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        self._check_special(allowed_special, self.encoding._special_tokens)
+        special = self.encoding._special_tokens
+        self._check_special(allowed_special, special)
         ids: list[int] = []
-        for piece in _pieces(text):
-            try:
-                if allowed_special:
-                    ids += self.encoding.encode(piece, allowed_special=set(allowed_special), disallowed_special=())
-                else:
+        for part in _parted(text, self.added.union(allowed_special)):
+            if part in special and (part in self.added or part in allowed_special):
+                ids.append(special[part])
+                continue
+            for piece in _pieces(part):
+                try:
                     ids += self.encoding.encode_ordinary(piece)
-            except BaseException as error:
-                if type(error).__name__ != "PanicException":  # Rust's panics: no Exception, of no importable type
-                    raise
-                raise ValueError(
-                    f"tiktoken can't encode a piece of {len(piece):,} characters without a line break between two words: {error}"
-                ) from None
+                except BaseException as error:
+                    if type(error).__name__ != "PanicException":  # Rust's panics: no Exception, of no importable type
+                        raise
+                    raise ValueError(
+                        f"tiktoken can't encode a piece of {len(piece):,} characters without a line break between two words: "
+                        f"{error}"
+                    ) from None
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -162,17 +183,20 @@ class BytePairTokenizer(Tokenizer):
         return b"".join(pieces)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
+        directory, special = Path(directory), self.encoding._special_tokens
+        end = next((text for text, i in special.items() if i == self.end_of_text), None)
         settings: dict[str, Any] = {"kind": "gpt2"}
         if self.name != "gpt2":
             ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
             lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks]
-            write_text(Path(directory) / RANKS, "".join(lines))
-            settings = {
-                "kind": "tiktoken",
-                "pattern": self.encoding._pat_str,
-                "special_tokens": self.encoding._special_tokens,
-            }
-        write_text(Path(directory) / FILE, json.dumps(settings, indent=2) + "\n")
+            write_text(directory / RANKS, "".join(lines))
+            settings = {"kind": "tiktoken", "pattern": self.encoding._pat_str, "special_tokens": special}
+            settings |= {"added": sorted(self.added), "end": end} if self.added or end != END_OF_TEXT else {}
+        write_text(directory / FILE, json.dumps(settings, indent=2) + "\n")
+        added = {text: i for text, i in special.items() if text in self.added}
+        asked_for = {text: i for text, i in special.items() if text not in self.added}
+        pairs = BytePairs(self.encoding._mergeable_ranks, self.encoding._pat_str, asked_for, added, end)
+        _write_for_transformers(directory, formats.byte_pairs_json(pairs), end)
 
 
 class SymbolTokenizer(Tokenizer):
@@ -225,41 +249,52 @@ class SymbolTokenizer(Tokenizer):
         return "".join(pieces).encode("utf-8", errors="replace")
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        write_text(
-            Path(directory) / FILE, json.dumps({"kind": self.kind, "symbols": self.symbols}, ensure_ascii=True) + "\n"
-        )
+        settings = {"kind": self.kind, "symbols": self.symbols}
+        write_text(Path(directory) / FILE, json.dumps(settings, ensure_ascii=True) + "\n")
+        _write_for_transformers(Path(directory), formats.symbols_json(self.kind, self.symbols), None)
+
+
+def _write_for_transformers(directory: Path, tokenizer: dict[str, Any], end: str | None) -> None:
+    write_text(directory / formats.TOKENIZER_JSON, json.dumps(tokenizer, ensure_ascii=True) + "\n")
+    write_text(directory / formats.CONFIG_JSON, json.dumps(formats.tokenizer_config(end), indent=2) + "\n")
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
-    """A tokenizer by name or file.
+    """A tokenizer by name, file or directory.
 
     Args:
-        source: "gpt2"; a `.tiktoken` rank file (GPT-2's pattern, "<|endoftext|>" as the last id); a
-            `fastgpt_tokenizer.json`; or a model directory. A directory without a tokenizer of its own gets
-            GPT-2's, which is what a GPT-2 checkpoint wants.
+        source: "gpt2"; "bundled"; a `.tiktoken` rank file (GPT-2's pattern, "<|endoftext|>" as the last id); a
+            `fastgpt_tokenizer.json`; or the directory of a model, of prepared tokens or of nanoGPT's data, with the first of
+            `fastgpt_tokenizer.json`, `tokenizer.json`, `vocab.json` with `merges.txt`, and nanoGPT's `meta.pkl`. A directory with
+            none of them has GPT-2's where its config.json has GPT-2's vocabulary.
+
+    Raises:
+        FileNotFoundError: there is no such file, or the directory says nothing of a tokenizer.
+        ValueError: names the file that is there and can't be read, and why.
     """
     if str(source) == "gpt2":
         return _gpt2()
-    path = Path(source)
+    path = BUNDLED if str(source) == "bundled" else Path(source)
     if path.is_dir():
+        if not (path / FILE).is_file():
+            return _of_directory(path)
         path = path / FILE
-        if not path.is_file():
-            return _gpt2()
     if not path.is_file():
         raise FileNotFoundError(
-            f'no tokenizer at {str(source)!r}; expected "gpt2", a .tiktoken file, a {FILE} or a directory'
+            f'no tokenizer at {str(source)!r}; expected "gpt2", "bundled", a .tiktoken file, a {FILE} or a directory'
         )
     ranks = read_ranks(path) if path.suffix == ".tiktoken" else None
     try:
         if ranks is not None:
             return BytePairTokenizer.from_ranks(ranks)
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8-sig"))
         kind = settings["kind"]
         if kind in ("char", "word"):
             return SymbolTokenizer(kind, settings["symbols"])
         if kind == "tiktoken":
             ranks = read_ranks(path.parent / RANKS)
-            return BytePairTokenizer.from_ranks(ranks, settings["pattern"], settings["special_tokens"])
+            outside = settings.get("added", ()), settings.get("end", END_OF_TEXT)
+            return BytePairTokenizer.from_ranks(ranks, settings["pattern"], settings["special_tokens"], *outside)
         if kind != "gpt2":
             raise ValueError(f"kind must be 'gpt2', 'tiktoken', 'char' or 'word', got {kind!r}")
     except KeyError as error:
@@ -267,6 +302,35 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a tokenizer file: {error}") from error
     return _gpt2()
+
+
+# Vocabularies of GPT-2 as it is, and padded to a multiple of 64 as nanoGPT keeps it.
+_GPT2_SIZES = (50257, 50304)
+
+
+def _of_directory(directory: Path) -> Tokenizer:
+    """Another program's tokenizer, or GPT-2's where nothing says otherwise."""
+    names = {path.name for path in directory.iterdir()}
+    if formats.TOKENIZER_JSON in names or {formats.VOCAB, formats.MERGES} <= names:
+        ranks, pattern, special, added, end = formats.read_byte_pairs(directory)
+        return BytePairTokenizer.from_ranks(ranks, pattern, special | added, added, end or END_OF_TEXT)
+    if formats.META in names:
+        return SymbolTokenizer("char", formats.read_meta(directory / formats.META))
+    unread = sorted(names & {*formats.UNREAD, formats.VOCAB, formats.MERGES})
+    if unread:
+        raise ValueError(
+            f"{directory / unread[0]} is a tokenizer of a kind that can't be read here; pass a tokenizer of its own"
+        )
+    known = f"{FILE}, {formats.TOKENIZER_JSON}, {formats.VOCAB} with {formats.MERGES}, or {formats.META}"
+    size = None
+    if "config.json" in names:
+        config = formats.read_object(directory / "config.json")
+        size = config.get("vocab_size") or (config.get("fastgpt") or {}).get("vocab_size")
+    if size is None or size in _GPT2_SIZES:
+        return _gpt2()
+    raise FileNotFoundError(
+        f"{directory} has no tokenizer ({known}), and its model's vocabulary of {size:,} is not GPT-2's {_GPT2_SIZES[0]:,}"
+    )
 
 
 def read_ranks(path: str | os.PathLike[str]) -> dict[bytes, int]:
@@ -314,16 +378,9 @@ def train_byte_pairs(texts: Iterable[str], vocab_size: int, pattern: str = GPT2_
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
     learner.train_from_iterator(texts, trainer)
-    byte_of = _byte_of_character()
+    byte_of = formats.byte_of_character()
     by_id = sorted(learner.get_vocab().items(), key=lambda item: item[1])
     return BytePairTokenizer.from_ranks({bytes(byte_of[c] for c in token): rank for token, rank in by_id}, pattern)
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes (https://github.com/openai/gpt-2/blob/master/src/encoder.py), reversed."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
 def _gpt2() -> BytePairTokenizer:
@@ -339,6 +396,14 @@ def _gpt2() -> BytePairTokenizer:
             f"(now {cache!r}), or go online once; the bundled model needs neither."
         ) from error
     return BytePairTokenizer(encoding, name="gpt2")
+
+
+def _parted(text: str, tokens: Collection[str]) -> list[str]:
+    """`text` cut around each of `tokens` in it; of two that begin at one place, the longer is taken."""
+    if not tokens:
+        return [text]
+    pattern = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
+    return [part for part in re.split(f"({pattern})", text) if part]
 
 
 def _pieces(text: str) -> Iterable[str]:

@@ -125,7 +125,16 @@ class Trainer:
                 if manifest[part].get(key) != value:
                     changed.append(f"{key}: {manifest[part].get(key)!r} in the checkpoint, {value!r} now")
         if changed:
-            raise ValueError(f"{place} was made with other settings:\n  " + "\n  ".join(changed))
+            raise ValueError(
+                f"{place} was made with other settings:\n  "
+                + "\n  ".join(changed)
+                + f"\nTo go on from its weights with these, begin a new run: --init {self.directory} --out ANOTHER"
+            )
+        if self.settings.max_steps < manifest["step"]:
+            raise ValueError(
+                f"max_steps must be at least the {manifest['step']:,} steps that {self.directory} has made, "
+                f"got {self.settings.max_steps:,}"
+            )
         checkpoint.load(self.directory, manifest["step"], self._tensors(), self.world)
         self.updater.round()
         self.step = manifest["step"]
@@ -173,10 +182,10 @@ class Trainer:
                     stop = self._read(note)
                 if validate:
                     note(step=self.step, validation_loss=self.validate())
+                if save and not stop:  # before the sample: whatever happens to a text, the steps are kept
+                    self.checkpoint()
                 if sample:
                     note(step=self.step, sample=self.sample())
-                if save and not stop:
-                    self.checkpoint()
                 if validate or sample or save:
                     self._clock = time.perf_counter()
             self._read(note)
@@ -318,7 +327,7 @@ class Trainer:
         error: BaseException | None = None
         if self.world.first:
             try:
-                weights.save_pretrained(self.model.config, state, self.directory)
+                weights.save_pretrained(self.model.config, state, self.directory, tokenizer=self.tokenizer)
             except Exception as cause:
                 error = checkpoint.CheckpointError(
                     f"the model could not be written: {cause}; the last whole checkpoint is {checkpoint.last(self.directory)}"

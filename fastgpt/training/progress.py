@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,36 @@ LOG = "log.jsonl"
 CURVE = "loss.png"
 REPORT = "report.json"
 
-# Dense bf16 TFLOP/s by a part of the name that torch gives a GPU; the makers' data sheets. First match counts.
+# Dense bf16 TFLOP/s with fp32 sums, by what the name that torch gives a GPU has in it as whole words; the makers' data sheets.
+# The first match counts. A laptop's or a cut-down chip of the same number is another one.
 PEAK_TFLOPS = (
     ("H100 PCIe", 756.0),
     ("H100 NVL", 835.0),
     ("H100", 989.0),
+    ("H800", 989.0),
+    ("H200 NVL", 835.0),
     ("H200", 989.0),
     ("GH200", 989.0),
+    ("H20", 148.0),
+    ("GB200", 2500.0),
     ("B200", 2250.0),
+    ("B100", 1750.0),
     ("A100", 312.0),
+    ("A800", 312.0),
+    ("A40", 149.7),
+    ("A30", 165.0),
     ("A10G", 70.0),
     ("A10", 125.0),
     ("L40S", 362.0),
+    ("L40", 181.0),
     ("L4", 121.0),
+    ("RTX 6000 Ada Generation", 364.2),
+    ("RTX A6000", 154.8),
+    ("RTX 5090", 209.5),
     ("RTX 4090", 165.2),
     ("RTX 3090", 71.0),
 )
+OTHER_CHIPS = r"(?! (Ti|D|SUPER|Laptop|Max-Q)\b)"
 MFU_CONVENTION = "(6 N + 6 L C T) FLOPs a token, N all parameters (llm.c's, causal), over the dense bf16 peak"
 
 
@@ -50,7 +65,9 @@ def peak_flops(settings: TrainSettings, gpu: str | None) -> float | None:
     """Of the GPU that torch calls `gpu`, in FLOP/s; None where it isn't known."""
     if settings.peak_tflops:
         return settings.peak_tflops * 1e12
-    return next((peak * 1e12 for name, peak in PEAK_TFLOPS if gpu is not None and name in gpu), None)
+    matches = (peak for name, peak in PEAK_TFLOPS if gpu and re.search(rf"\b{name}\b{OTHER_CHIPS}", gpu))
+    peak = next(matches, None)
+    return None if peak is None else peak * 1e12
 
 
 class Log:

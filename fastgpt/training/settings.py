@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import math
 import sys
@@ -61,7 +62,9 @@ class TrainSettings:
         0.2, "wsd decays over this last part of the steps; 0 keeps the rate constant", low=0, high=1
     )
     min_lr_ratio: float = _setting(0.1, "the schedule ends at lr times this", low=0, high=1)
-    warmup_steps: int = _setting(100, "steps of linear warmup", low=0)
+    warmup_steps: int = _setting(
+        -1, "steps of linear warmup; -1: a twentieth of max_steps, but no more than 100", low=-1
+    )
     weight_decay: float = _setting(0.1, "AdamW's, of matrices and embeddings; biases and norms have none", low=0)
     beta1: float = _setting(0.9, "AdamW's", low=0, below=1)
     beta2: float = _setting(0.95, "AdamW's", low=0, below=1)
@@ -110,14 +113,15 @@ class TrainSettings:
 
     def lr_at(self, step: int) -> float:
         """Linear warmup, then the schedule from lr to min_lr_ratio * lr at max_steps."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
+        warmup = min(self.max_steps // 20, 100) if self.warmup_steps < 0 else self.warmup_steps
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
         floor = self.lr * self.min_lr_ratio
         if self.schedule == "wsd":
             decaying = self.decay_fraction * self.max_steps
             left = min(max(self.max_steps - step, 0) / decaying, 1.0) if decaying else 1.0
             return floor + (self.lr - floor) * left
-        progress = (step - self.warmup_steps) / max(self.max_steps - self.warmup_steps, 1)
+        progress = (step - warmup) / max(self.max_steps - warmup, 1)
         return floor + 0.5 * (self.lr - floor) * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
 
@@ -146,6 +150,7 @@ class RunSettings(TrainSettings):
     validation: tuple[str, ...] = _setting(
         (), "held-out files; without them the data's own, else the last 2% of the text"
     )
+    field: str = _setting("text", "where .jsonl and .parquet files have the text")
     separate_documents: bool = _setting(
         False, "no row holds two documents: each starts one, or goes on with a long one; what is left of it is padding"
     )
@@ -165,7 +170,7 @@ def make(kind: type[Settings], *layers: Mapping[str, Any]) -> Settings:
 def read_toml(path: Path, kind: type[TrainSettings]) -> dict[str, Any]:
     """The fields that a TOML file sets, checked; names with - or _. ValueError names what is unknown or of another type."""
     try:
-        options = tomllib.loads(path.read_text(encoding="utf-8"))
+        options = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(kind)}
@@ -173,7 +178,9 @@ def read_toml(path: Path, kind: type[TrainSettings]) -> dict[str, Any]:
     for name, value in options.items():
         key = name.replace("-", "_")
         if key not in fields:
-            raise ValueError(f"{path}: unknown option {name!r}; known are {', '.join(fields)}")
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(fields)}"
+            raise ValueError(f"{path}: unknown option {name!r}; {hint}")
         if isinstance(fields[key].default, float) and type(value) is int:
             value = float(value)
         if isinstance(fields[key].default, tuple) and isinstance(value, list):
@@ -200,7 +207,7 @@ def add_flags(parser: argparse._ActionsContainer, kind: type[TrainSettings]) -> 
     for field in dataclasses.fields(kind):
         flag, default = "--" + field.name.replace("_", "-"), field.default
         text = field.metadata["help"].replace("%", "%%")
-        if default != "" and not isinstance(default, tuple):
+        if default != "" and default is not False and not isinstance(default, tuple):
             text += f" (default: {default})"
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if isinstance(default, bool):

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from fastgpt import PRESETS, GPTModel, generate, quantize, use_backend
-from fastgpt.checkpoints.weights import BUNDLED
 from fastgpt.cli import main
+from fastgpt.files import BUNDLED
 from fastgpt.ops import triton_unavailable
 from fastgpt.text.tokenizer import load_tokenizer
 
@@ -303,9 +303,11 @@ def test_info_of_every_preset(capsys):
 def test_info_ops_says_what_runs_and_why(capsys):
     assert main(["info", "--ops", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
-    assert "backend auto, cpu, float32" in printed
-    assert "attention" in printed
-    assert "reference  tensors are on cpu" in printed
+    assert printed.startswith("backend auto, cpu, float32: tensors are on cpu")
+    assert printed.count("tensors are on cpu") == 1, "what all have in common is said once"
+    assert "  attention             reference\n" in printed
+    assert main(["info", "--ops", "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["attention"]["implementation"] == "reference"
 
 
 def test_flops_of_gpt2_are_the_published_convention():

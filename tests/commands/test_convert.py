@@ -17,7 +17,6 @@ from transformers import GPT2LMHeadModel
 from fastgpt import GPTModel
 from fastgpt.checkpoints.weights import load, save_as
 from fastgpt.cli import main
-from fastgpt.commands import convert
 
 
 def run(source: Path | str, destination: Path, to: str, *flags: str) -> int:
@@ -236,7 +235,7 @@ def test_a_result_that_is_wrong_is_not_kept(sabotage, tmp_path, capsys, monkeypa
                                  ("query", "key", "value")}  # fmt: skip
         save_as(config, tensors, path, *args, **kwargs)
 
-    monkeypatch.setattr(convert, "save_as", wrong)
+    monkeypatch.setattr("fastgpt.checkpoints.weights.save_as", wrong)
     said = fails(capsys, tmp_path, tmp_path / "a", tmp_path / "b", "hf")
     wanted = "bit for bit, but logits differ by up to" if sabotage == "the config" else "weights did not come back"
     assert wanted in said
@@ -249,7 +248,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, capsys, monkeypatch):
         save_as(*args, **kwargs)
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(convert, "save_as", full)
+    monkeypatch.setattr("fastgpt.checkpoints.weights.save_as", full)
     for to in ("hf", "llmc"):
         assert "No space left on device" in fails(capsys, tmp_path, tmp_path / "a", tmp_path / "b", to)
 

@@ -12,8 +12,8 @@ import torch
 from training_runs import logged, values
 
 from fastgpt import GPTModel
-from fastgpt.checkpoints.weights import BUNDLED
 from fastgpt.cli import main
+from fastgpt.files import BUNDLED
 from fastgpt.text.tokenizer import load_tokenizer
 from fastgpt.training import checkpoint, lora
 

@@ -10,7 +10,7 @@ from models import tiny_model
 from transformers import GPT2LMHeadModel
 
 from fastgpt import GPTModel, generate, use_backend
-from fastgpt.checkpoints.weights import BUNDLED
+from fastgpt.files import BUNDLED
 from fastgpt.inference.speculation import History
 from fastgpt.text.tokenizer import load_tokenizer
 

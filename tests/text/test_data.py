@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt.text.data import TokenStream, encode_documents, encode_with_starts, expand, read_text, split_validation
+from fastgpt.text.data import TokenStream, encode_documents, encode_with_starts, split_validation
+from fastgpt.text.documents import find, read_text
 from fastgpt.text.tokenizer import BytePairTokenizer, SymbolTokenizer
 
 BYTES = {bytes([b]): b for b in range(256)}
@@ -130,9 +131,10 @@ def test_a_negative_step_is_named():
         TokenStream(np.arange(99), 8, 1).batch(-1)
 
 
-def test_text_is_read_as_it_is(tmp_path):
-    content = "\ufeffline\r\n naïve 🙂\x00\n"
-    (tmp_path / "text").write_bytes(content.encode())
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_text_is_read_as_it_is_but_for_a_byte_order_mark(tmp_path, mark):
+    content = "line\r\n naïve\ufeff 🙂\x00\n"
+    (tmp_path / "text").write_bytes((mark + content).encode())
     assert read_text(tmp_path / "text") == content
 
 
@@ -183,10 +185,10 @@ def test_directories_become_their_files_in_order(tmp_path):
     for name in ("z/b.txt", "z/a.txt", "z/deep/c.txt", "a.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    files = [str(path.relative_to(tmp_path)) for path in expand([tmp_path / "z", tmp_path / "a.txt"])]
+    files = [str(path.relative_to(tmp_path)) for path in find([tmp_path / "z", tmp_path / "a.txt"]).files]
     assert files == ["z/a.txt", "z/b.txt", "z/deep/c.txt", "a.txt"]
     with pytest.raises(FileNotFoundError, match=r"no file or directory at '.*missing'"):
-        expand([tmp_path / "a.txt", tmp_path / "missing"])
+        find([tmp_path / "a.txt", tmp_path / "missing"])
 
 
 # Documents apart.

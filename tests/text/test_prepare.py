@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastgpt.checkpoints.weights import BUNDLED
 from fastgpt.cli import main
+from fastgpt.files import BUNDLED
 from fastgpt.text import prepare as module
 from fastgpt.text.prepare import PrepareSettings, prepare
 from fastgpt.text.shards import (
@@ -235,7 +235,7 @@ def test_datasets(tmp_path, monkeypatch):
     stand_in.load_dataset = load_dataset  # type: ignore[attr-defined]
     stand_in.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
-    monkeypatch.setattr(module, "DATASET_ROWS", 8)
+    monkeypatch.setattr("fastgpt.text.documents.DATASET_ROWS", 8)
     report = prepare(["hf:owner/name:small"], tmp_path / "out", settings(validation=0.0, shard_bytes=40_000))
     assert found(tmp_path / "out", "train") == documents
     assert len(report["shards"]["train"]) == 7

@@ -101,8 +101,14 @@ def test_lone_surrogates_become_replacement_characters():
 def test_ids_outside_the_vocabulary_are_named(tokenizer):
     for token in (-1, tokenizer.n_vocab, 2**31, 2**70, -(2**70)):
         with pytest.raises(ValueError, match=rf"token id {token} is outside the vocabulary of {tokenizer.n_vocab}"):
-            tokenizer.decode([0, token])
+            tokenizer.decode_bytes([0, token])
+        assert tokenizer.decode([0, token, 0]) == f"{tokenizer.decode([0])}\ufffd{tokenizer.decode([0])}"
     assert tokenizer.decode([0])
+
+
+def test_an_unknown_id_ends_a_character_that_was_on_its_way():
+    euro = list("€".encode())  # three tokens of one byte
+    assert BytePairTokenizer.from_ranks(BYTES).decode([*euro[:2], 5000, *euro]) == "\ufffd\ufffd€"
 
 
 def test_special_tokens_only_when_asked():

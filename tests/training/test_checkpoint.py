@@ -176,7 +176,8 @@ def test_other_settings_are_refused_by_name(finished, changes, difference):
     with pytest.raises(ValueError, match="step-00000002 was made with other settings") as caught:
         run.resume()
     assert difference in str(caught.value)
-    assert str(caught.value).count("\n") == 1
+    assert f"To go on from its weights with these, begin a new run: --init {finished} --out" in str(caught.value)
+    assert str(caught.value).count("\n") == 2
     assert run.step == 0
     assert equal(values(run.model), before)
 
@@ -190,6 +191,12 @@ def test_another_model_or_text_is_refused_by_name(finished):
     run = trainer(finished)
     run.data = TokenStream(TOKENS[:999], 16, 3, 11)
     with pytest.raises(ValueError, match="tokens: 1000 in the checkpoint, 999 now"):
+        run.resume()
+
+
+def test_fewer_steps_than_were_made_are_refused(finished):
+    run = trainer(finished, max_steps=1)
+    with pytest.raises(ValueError, match=r"max_steps must be at least the 2 steps that .*run has made, got 1"):
         run.resume()
 
 

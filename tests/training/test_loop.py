@@ -18,9 +18,9 @@ from torch import nn
 from training_runs import FAST, TOKENIZER, TOKENS, at_step, equal, files, logged, losses, trainer, values
 
 from fastgpt import GPTModel
-from fastgpt.checkpoints.weights import BUNDLED
 from fastgpt.cli import main
 from fastgpt.config import GPTConfig, TokenIdError
+from fastgpt.files import BUNDLED
 from fastgpt.text.data import TokenStream
 from fastgpt.text.shards import Tokens, read_shard, write_shard
 from fastgpt.text.tokenizer import load_tokenizer

@@ -66,6 +66,10 @@ def test_mfu_is_by_llmc_s_convention(tmp_path):
     assert flops_per_token(PRESETS["gpt2"], 1024) == 6 * 124_439_808 + 6 * 12 * 768 * 1024
     assert peak_flops(TrainSettings(), "NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops(TrainSettings(), "NVIDIA A100-SXM4-40GB") == 312e12
+    for name in ("NVIDIA RTX A1000", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "Tesla V100"):
+        assert peak_flops(TrainSettings(), name) is None
+    assert peak_flops(TrainSettings(), "NVIDIA L40") == 181e12, "an L4 is another card"
+    assert peak_flops(TrainSettings(), "NVIDIA GH200 480GB") == 989e12
     assert peak_flops(TrainSettings(), "Some other GPU") is peak_flops(TrainSettings(), None) is None
     run = trainer(tmp_path, tiny_model(), peak_tflops=0.001, max_steps=4)
     run.run()

@@ -18,6 +18,13 @@ from fastgpt.compat.llms_from_scratch.generation import (
     token_ids_to_text,
 )
 from fastgpt.compat.llms_from_scratch.model import GPTModel, GPTModelFast, KVCache
+from fastgpt.compat.llms_from_scratch.modules import (
+    GELU,
+    FeedForward,
+    LayerNorm,
+    MultiHeadAttention,
+    TransformerBlock,
+)
 from fastgpt.compat.llms_from_scratch.training import (
     GPTDatasetV1,
     calc_loss_batch,
@@ -31,10 +38,15 @@ from fastgpt.compat.llms_from_scratch.training import (
 from fastgpt.compat.llms_from_scratch.weights import assign, load_weights_into_gpt
 
 __all__ = [
+    "GELU",
+    "FeedForward",
     "GPTDatasetV1",
     "GPTModel",
     "GPTModelFast",
     "KVCache",
+    "LayerNorm",
+    "MultiHeadAttention",
+    "TransformerBlock",
     "assign",
     "calc_loss_batch",
     "calc_loss_loader",

@@ -120,6 +120,12 @@ class GPTModel(CoreModel):
     def _calls_core(self) -> bool:
         return type(self).forward is GPTModel.forward
 
+    @property
+    def current_pos(self) -> int:
+        """Positions that calls with use_cache=True have gathered."""
+        cache = _own_caches.get(self)
+        return 0 if cache is None else cache.longest
+
     def reset_kv_cache(self) -> None:
         """Forget the positions that calls with use_cache=True have gathered."""
         _own_caches.pop(self, None)
