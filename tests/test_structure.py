@@ -124,8 +124,6 @@ def test_import_adds_under_0_3_s_to_torch():
 
 # Longer than the rule allows, until each is split by what it tests.
 LONG_TESTS = {
-    "tests/kernels/test_attention.py",
-    "tests/kernels/test_cross_entropy.py",
     "tests/kernels/test_linear.py",
 }
 

@@ -1,61 +1,23 @@
-"""cross_entropy and linear_cross_entropy against float64, with torch in the same dtype as the yardstick."""
+"""cross_entropy against float64, and what both losses keep to, with torch in the same dtype as the yardstick."""
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import pytest
 import torch
-from compare import assert_as_accurate_as_torch
+from cross_entropy_problems import (
+    DTYPES,
+    LAYOUTS,
+    REDUCTIONS,
+    assert_cross_entropy,
+    assert_linear_cross_entropy,
+    kernels,
+    some_targets,
+)
 from mutants import mutants
 
-from fastgpt import reference
 from fastgpt_kernels import _launch
-
-kernels = importlib.import_module("fastgpt_kernels.cross_entropy")  # the package has a function of that name
-
-DTYPES = [torch.float32, torch.float16]
-REDUCTIONS = ["mean", "sum", "none"]
-
-
-def some_targets(N, V, device, ignored=0):
-    targets = torch.randint(0, V, (N,), device=device)
-    targets[:ignored] = -100
-    return targets
-
-
-def assert_cross_entropy(logits, targets, reduction="mean", grad=None, ignore_index=-100, ops=kernels):
-    """Loss and gradient of ops.cross_entropy; `grad` is the incoming gradient in float64, by default the loss's sum's."""
-    results = []
-    for op, dtype in (
-        (ops.cross_entropy, logits.dtype),
-        (reference.cross_entropy, logits.dtype),
-        (reference.cross_entropy, torch.float64),
-    ):
-        leaf = logits.detach().to(dtype).requires_grad_()
-        before = leaf.detach().clone()
-        loss = op(leaf, targets, ignore_index=ignore_index, reduction=reduction)
-        (loss.sum() if grad is None else loss).backward(None if grad is None else grad.to(loss.dtype))
-        torch.testing.assert_close(leaf.detach(), before, rtol=0, atol=0, equal_nan=True)
-        results.append((loss, leaf.grad))
-    for name, ours, torch_same_dtype, exact in zip(("loss", "dlogits"), *results, strict=True):
-        assert_as_accurate_as_torch(ours, torch_same_dtype, exact, name)
-
-
-def assert_linear_cross_entropy(x, weight, bias, targets, reduction="mean", grad=None, ops=kernels):
-    results = []
-    for op, dtype in (
-        (ops.linear_cross_entropy, x.dtype),
-        (reference.linear_cross_entropy, x.dtype),
-        (reference.linear_cross_entropy, torch.float64),
-    ):
-        leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
-        loss = op(leaves[0], leaves[1], targets, leaves[2], reduction=reduction)
-        (loss.sum() if grad is None else loss).backward(None if grad is None else grad.to(loss.dtype))
-        results.append((loss, *(t.grad for t in leaves if t is not None)))
-    for name, ours, torch_same_dtype, exact in zip(("loss", "dx", "dweight", "dbias"), *results, strict=False):
-        assert_as_accurate_as_torch(ours, torch_same_dtype, exact, name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,17 +35,6 @@ def test_any_size(N, V, reduction, dtype, device):
 def test_gpt2_vocabulary(dtype, device):
     logits = torch.randn(2, 50257, device=device).mul(2).to(dtype)
     assert_cross_entropy(logits, torch.tensor([0, 50256], device=device), "mean")
-
-
-LAYOUTS = {
-    "padded rows": lambda t: torch.cat([t, torch.full_like(t, math.nan)], 1)[:, : t.shape[1]],
-    "offset by one": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
-    "every other row": lambda t: torch.stack([t, torch.full_like(t, math.nan)], 1)[:, 0],
-    "every other column": lambda t: torch.stack([t, torch.full_like(t, math.nan)], 2)[:, :, 0],
-    "transposed": lambda t: t.t().contiguous().t(),
-    "one row expanded": lambda t: t[:1].expand(t.shape),
-    "one column expanded": lambda t: t[:, :1].expand(t.shape),
-}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -199,58 +150,6 @@ def test_a_second_backward_raises(device):
         torch.autograd.grad(loss, x, torch.tensor(3.0, device=device), retain_graph=True)[0] for _ in range(2)
     )
     assert torch.equal(first, second)
-
-
-@pytest.fixture
-def two_rows_a_chunk(monkeypatch):
-    monkeypatch.setattr(kernels, "_chunk_bytes", lambda device: 1)
-    monkeypatch.setattr(kernels, "CHUNK_MULTIPLE", 2)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize(("N", "C", "V", "bias"), [(1, 1, 1, False), (5, 63, 257, True), (4, 257, 7, False)])
-@pytest.mark.usefixtures("two_rows_a_chunk")
-def test_linear(N, C, V, bias, reduction, dtype, device):
-    x, weight = torch.randn(N, C, device=device).to(dtype), torch.randn(V, C, device=device).to(dtype)
-    bias = torch.randn(V, device=device).to(dtype) if bias else None
-    grad = torch.randn((N,) if reduction == "none" else (), device=device, dtype=torch.float64)
-    assert_linear_cross_entropy(x, weight, bias, some_targets(N, V, device, ignored=N // 4), reduction, grad)
-
-
-@pytest.mark.parametrize("layout", ["transposed", "every other row", "one row expanded", "offset by one"])
-def test_linear_layouts(layout, device):
-    x, weight = (LAYOUTS[layout](torch.randn(n, 12, device=device)) for n in (3, 31))
-    assert_linear_cross_entropy(x, weight, None, some_targets(3, 31, device))
-
-
-def test_linear_frozen_and_tied(device):
-    targets = some_targets(5, 11, device)
-    x, weight = torch.randn(5, 8, device=device), torch.randn(11, 8, device=device)
-    for leaf, other in ((x, weight), (weight, x)):
-        leaf.requires_grad_()
-        other.requires_grad_(False)
-        kernels.linear_cross_entropy(x, weight, targets).backward()
-        assert leaf.grad is not None
-        assert other.grad is None
-        leaf.grad = None
-    gradients = []
-    for op in (kernels.linear_cross_entropy, reference.linear_cross_entropy):
-        table = weight.detach().clone().requires_grad_()
-        op(torch.nn.functional.embedding(targets.flip(0), table), table, targets).backward()
-        gradients.append(table.grad)
-    torch.testing.assert_close(*gradients)
-
-
-def test_linear_keeps_no_large_logits():
-    """At GPT-2's sizes and beyond, a chunk is two gigabytes at most and none is much smaller than the others."""
-    for N in (1, 1000, 8192, 65536, 1_000_000):
-        for V, dtype in ((50257, torch.bfloat16), (50257, torch.float32), (200_000, torch.bfloat16)):
-            rows = kernels._rows_per_chunk(N, V, 768, dtype, torch.device("cpu"))
-            assert rows <= N
-            assert rows * V * dtype.itemsize <= kernels.CHUNK_BYTES + 128 * V * dtype.itemsize
-            last = N % rows or rows
-            assert rows - last <= 128 * math.ceil(N / rows)
 
 
 def test_gradcheck(device):
@@ -450,15 +349,3 @@ def test_captured_in_a_cuda_graph(device):
     graph.replay()
     for replayed, eager in zip(captured, step(), strict=True):
         assert torch.equal(replayed, eager)
-
-
-@pytest.mark.gpu
-def test_memory_of_linear(device):
-    """The peak over the inputs and the fp32 dweight is a chunk of logits, however many rows there are."""
-    x = torch.randn(65536, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(50257, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
-    targets = some_targets(65536, 50257, device)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    kernels.linear_cross_entropy(x, weight, targets).backward()
-    assert torch.cuda.max_memory_allocated() - before < 1.3 * kernels.CHUNK_BYTES
