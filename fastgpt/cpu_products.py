@@ -228,7 +228,8 @@ def _depths(K: int) -> tuple[int, int]:
 def _bags(x: Tensor, tiles: Tensor, outputs: int) -> Tensor:
     """fp32 x [M, K] times int8 weights as `_tiles` has them -> [M, outputs]. A bag is a row's inputs to a tile, weighted by x."""
     depth, deep = _depths(x.shape[1])
-    x = F.pad(x, (0, depth * deep - x.shape[1]))
+    if missing := depth * deep - x.shape[1]:
+        x = F.pad(x, (0, missing))
     shares = x.view(-1, depth, 1, deep).expand(-1, -1, len(tiles) // depth, -1).reshape(-1)
     bags = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
     places = _places(len(x), len(tiles), deep)

@@ -195,10 +195,13 @@ class MultiHeadAttention(nn.Module):
         else:
             keys, values = cache.write(self.layer, starts, k, v)
             uniform = len(set(starts)) == 1
-            if uniform and (q.shape[2] > 1 or not x.is_cuda):
-                out = ops.attention(q, keys, values, causal=True)
+            if uniform and starts[0] == 0 and keys.dtype != k.dtype:
+                out = ops.attention(q, k, v, causal=True)  # all that there is, in its own dtype
+            elif uniform and (q.shape[2] > 1 or not x.is_cuda):
+                out = ops.attention(q.to(keys.dtype), keys, values, causal=True)
             else:
-                out = ops.decode_attention(q, keys, values, cache.device_lengths)
+                out = ops.decode_attention(q.to(keys.dtype), keys, values, cache.device_lengths)
+            out = out.to(x.dtype)
         return linear(self.out_proj, out.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:

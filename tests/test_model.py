@@ -368,8 +368,9 @@ def test_targets_of_another_shape_are_refused():
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("weights", ["plain", "int8", "int4"])
-def test_a_cpus_decoder_is_as_accurate_as_the_modules(rows, dtype, weights, monkeypatch):
-    """One new token a row, beside the same model's modules and float64."""
+@pytest.mark.parametrize("kept", ["as computed", "wider"])
+def test_a_cpus_decoder_is_as_accurate_as_the_modules(rows, dtype, weights, kept, monkeypatch):
+    """One new token a row, beside the same model's modules and float64, from keys of the model's dtype and of a wider one."""
     model = tiny_model(emb_dim=64).to(dtype)
     model = model if weights == "plain" else quantize(model, weights)
     calls = []
@@ -379,7 +380,9 @@ def test_a_cpus_decoder_is_as_accurate_as_the_modules(rows, dtype, weights, monk
 
     @torch.no_grad()
     def last(model):
-        cache = KVCache(model.config, rows, 16, next(model.parameters()).dtype)
+        own = next(model.parameters()).dtype
+        wide = torch.promote_types(own, torch.float64 if dtype == torch.float32 else torch.float32)
+        cache = KVCache(model.config, rows, 16, own if kept == "as computed" else wide)
         model(idx[:, :-1], cache=cache)
         return model(idx[:, -1:], cache=cache)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import fastgpt
-from fastgpt import ops, reference
+from fastgpt import cpu_products, ops, reference
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,6 +77,11 @@ def test_kernels_never_import_fastgpt():
 @pytest.mark.parametrize("op", ops.OPS)
 def test_ops_have_the_references_signature(op):
     assert inspect.signature(getattr(ops, op)) == inspect.signature(getattr(reference, op))
+
+
+@pytest.mark.parametrize("op", cpu_products.OPS)
+def test_products_on_a_cpu_have_the_references_signature(op):
+    assert inspect.signature(getattr(cpu_products, op)) == inspect.signature(getattr(reference, op))
 
 
 def test_public_names_are_what_their_modules_define():

@@ -7,7 +7,7 @@ import json
 import sys
 
 from fastgpt.commands import DONE
-from fastgpt.commands.options import device_option, dtype_option, load_model, model_option
+from fastgpt.commands.options import device_option, dtype_option, load_model, model_option, rounded_option
 from fastgpt.commands.progress import Progress
 from fastgpt.text.documents import find, read_documents
 
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--field", default="text", help="where .jsonl and .parquet have the text")
     model_option(parser)
     parser.add_argument("--stride", type=int, help="new tokens a window; default: half the context")
+    rounded_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     dtype_option(parser)
     device_option(parser)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from fastgpt.commands import DONE
-from fastgpt.commands.options import device_option, dtype_option, load_model, model_option
+from fastgpt.commands.options import device_option, dtype_option, load_model, model_option, rounded_option
 from fastgpt.config import OVERFLOWS, SAMPLERS
 from fastgpt.text.documents import read_text
 
@@ -43,9 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="with --temperature 0: guess K tokens ahead from the text so far",
     )
-    rounded = parser.add_mutually_exclusive_group()
-    rounded.add_argument("--int8", action="store_true", help="round the weights to 8 bits once they are loaded")
-    rounded.add_argument("--int4", action="store_true", help="round them to 4 bits, which are read on a CPU alone")
+    rounded_option(parser)
     parser.add_argument("--no-cache", action="store_true", help="recompute everything for each token")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object, in ASCII, instead of streaming text"
@@ -71,10 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer = load_model(arguments)
     import torch
 
-    from fastgpt import generate, quantize
+    from fastgpt import generate
 
-    if arguments.int8 or arguments.int4:
-        model = quantize(model, "int8" if arguments.int8 else "int4")
     prompt = tokenizer.encode(text)
     if not prompt:
         if tokenizer.end_of_text is None:

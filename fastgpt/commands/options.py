@@ -43,6 +43,18 @@ def dtype_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def rounded_option(parser: argparse.ArgumentParser) -> None:
+    rounded = parser.add_mutually_exclusive_group()
+    for weights, more in (("int8", ""), ("int4", ", which are read on a CPU alone")):
+        rounded.add_argument(
+            f"--{weights}",
+            dest="weights",
+            action="store_const",
+            const=weights,
+            help=f"round the weights to {weights[3:]} bits once they are loaded{more}",
+        )
+
+
 def pick_dtype(name: str | None) -> torch.dtype | None:
     """The dtype of that name."""
     import torch
@@ -90,14 +102,17 @@ def check_vocabulary(tokenizer: Tokenizer, model: GPTModel, source: str) -> None
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[GPTModel, Tokenizer]:
-    """The model of --model on --device in --dtype, and its tokenizer."""
+    """The model of --model on --device in --dtype, its weights rounded if that was asked for, and its tokenizer."""
     import torch
 
     from fastgpt.model import GPTModel
+    from fastgpt.quantization import quantize
 
     device = pick_device(arguments.device)
     dtype = pick_dtype(arguments.dtype) or (torch.bfloat16 if device.type == "cuda" else None)
     tokenizer = tokenizer_of(arguments.model, arguments.allow_pickle)
     model = GPTModel.from_pretrained(arguments.model, device, dtype, allow_pickle=arguments.allow_pickle)
     check_vocabulary(tokenizer, model, arguments.model)
+    if getattr(arguments, "weights", None):
+        model = quantize(model, arguments.weights)
     return model, tokenizer

@@ -179,7 +179,7 @@ class Source:
         find = getattr(self.model, "decode_engine", None)
         engine = "this model has none" if find is None else find(len(rows), self.capacity)
         if isinstance(engine, str):
-            self.engine, dtype = None, activation_dtype(self.model, self.device)
+            self.engine, dtype = None, cache_dtype(self.model, self.device)
             self.cache = KVCache(self.model.config, len(rows), self.capacity, dtype, self.device)
         else:
             self.engine, self.cache = engine, engine.cache
@@ -247,6 +247,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                     del _users[model]
                     for module, mode in users.modes:
                         module.training = mode
+
+
+def cache_dtype(model: LanguageModel | nn.Module, device: torch.device) -> torch.dtype:
+    """What the keys and values are kept in: `activation_dtype`, but on a CPU no less than fp32.
+
+    There torch's attention of one query converts 16-bit keys one by one: 12 heads of 64 take an EPYC's two cores 74 us at 64
+    positions and 771 at 1,000, from fp32 ones 21 and 356.
+    """
+    dtype = activation_dtype(model, device)
+    return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
 
 
 def activation_dtype(model: LanguageModel | nn.Module, device: torch.device) -> torch.dtype:

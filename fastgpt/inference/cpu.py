@@ -27,11 +27,12 @@ def decode(
         y = torch.layer_norm(x, (C,), *block.norm1, eps)
         q, k, v = (_product(linear, y).view(B, n_heads, 1, C // n_heads) for linear in qkv)
         keys, values = cache.write(layer, starts, k, v)
+        q = q.to(keys.dtype)
         if uniform:
             heads = F.scaled_dot_product_attention(q, keys, values)
         else:
             heads = decode_attention(q, keys, values, cache.device_lengths)
-        x = _product(out, heads.reshape(B, C)).add_(x)
+        x = _product(out, heads.reshape(B, C).to(x.dtype)).add_(x)
         y = torch.layer_norm(x, (C,), *block.norm2, eps)
         x = _product(down, activate(_product(up, y), activation)).add_(x)
     return x

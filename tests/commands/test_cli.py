@@ -16,6 +16,7 @@ import torch
 
 from fastgpt import PRESETS, GPTModel, generate, quantize, use_backend
 from fastgpt.cli import main
+from fastgpt.evaluation import evaluate
 from fastgpt.files import BUNDLED
 from fastgpt.ops import triton_unavailable
 from fastgpt.text.tokenizer import load_tokenizer
@@ -244,6 +245,13 @@ def test_train_learns_and_what_it_saves_generates(text, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("the quick")
     assert main(["eval", str(text), "--model", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["bytes"] == len(text.read_bytes())
+    costs = {}
+    for weights in ("int8", "int4"):
+        assert main(["eval", str(text), "--model", str(out), "--json", f"--{weights}"]) == 0
+        costs[weights] = json.loads(capsys.readouterr().out)["bits_per_byte"]
+        rounded = evaluate(quantize(GPTModel.from_pretrained(out), weights), load_tokenizer(out), [text.read_text()])
+        assert costs[weights] == pytest.approx(rounded.bits_per_byte, rel=1e-6)
+    assert costs["int8"] != costs["int4"]
     assert main(arguments) == 2
     assert "already holds a run; pass --resume" in capsys.readouterr().err
     assert main([*arguments[:-2], "--lr", "2e-2", "--resume"]) == 2

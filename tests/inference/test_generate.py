@@ -286,6 +286,16 @@ def test_double_precision_and_bfloat16_models_keep_their_cache_dtype(model):
         torch.testing.assert_close(other(idx, cache), other(idx))
 
 
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)], ids=str)
+def test_a_cpu_keeps_keys_in_no_less_than_fp32(dtype, kept, monkeypatch):
+    """Of rows of different lengths, too, that leave one by one. What is computed from them: tests/test_model.py."""
+    made, model = [], tiny_model().to(dtype)
+    monkeypatch.setattr(batch, "KVCache", lambda *args: made.append(args[3]) or KVCache(*args))
+    first = generate(model, [[5, 6, 7], [9], [4, 4, 5]], 8)[1].tokens
+    generate(model, [[5, 6, 7], [9], [4, 4, 5]], 8, stop_tokens=[first[2]])
+    assert set(made) == {kept}
+
+
 def test_cache_refuses_what_it_cannot_hold(model):
     cache = KVCache(model.config, 2, max_length=5)
     model(torch.zeros(2, 4, dtype=torch.long), cache)
