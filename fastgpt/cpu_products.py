@@ -25,6 +25,7 @@ import functools
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastgpt import reference
 
-OPS = ("linear", "mlp", "linear_cross_entropy")
+OPS = ("linear", "mlp", "linear_cross_entropy", "linear_cross_entropy_with_statistics")
 
 # Rows that int8 weights are multiplied with as they are, by dtype of x; more are multiplied with widened weights. On the machine
 # above, ms as they are and widened: fp32 3072 x 768, 8 rows 0.63 and 1.68, 16 rows 1.46 and 1.75, 32 rows 2.46 and 2.19;
@@ -105,16 +106,16 @@ def mlp(
     return _affine(reference.activate(_affine(x, w1, b1), activation), w2, b2)
 
 
-def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-) -> Tensor:
-    """reference.linear_cross_entropy, for an x that `takes` accepts."""
-    return reference.cross_entropy(_affine(x, weight, bias), targets, ignore_index, reduction)
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *how: Any) -> Tensor:
+    """reference.linear_cross_entropy, for an x that `takes` accepts; `how` is cross_entropy's."""
+    return reference.cross_entropy(_affine(x, weight, bias), targets, *how)
+
+
+def linear_cross_entropy_with_statistics(
+    x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *how: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """reference.linear_cross_entropy_with_statistics, for an x that `takes` accepts; `how` is cross_entropy's."""
+    return reference.cross_entropy_with_statistics(_affine(x, weight, bias), targets, *how)
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -308,7 +309,13 @@ def linear_cross_entropy_with_statistics(
     The latter two have no gradient; they are 0 and False where the target is `ignore_index`.
     """
     logits = F.linear(x, weight, bias)
-    loss = cross_entropy(logits, targets, ignore_index, reduction, label_smoothing, z_loss)
+    return cross_entropy_with_statistics(logits, targets, ignore_index, reduction, label_smoothing, z_loss)
+
+
+def cross_entropy_with_statistics(logits: Tensor, targets: Tensor, *how: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What linear_cross_entropy_with_statistics gives for these logits; `how`, from ignore_index on, is cross_entropy's."""
+    loss = cross_entropy(logits, targets, *how)
+    ignore_index = how[0] if how else -100
     wide, used = logits.detach().to(_at_least_float32(logits.dtype)), targets != ignore_index
     chosen = wide.gather(1, targets.where(used, 0)[:, None])[:, 0]
     return loss, wide.logsumexp(-1).where(used, 0.0), used & (chosen == wide.amax(-1))

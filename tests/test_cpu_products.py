@@ -95,6 +95,22 @@ def test_only_wanted_gradients_are_computed(calls):
     torch.testing.assert_close(gradient, weight.sum(0).expand(6, 20))
 
 
+def test_losses_are_the_references(calls):
+    x, weight, bias = torch.randn(9, 20), torch.randn(30, 20), torch.randn(30)
+    targets = torch.tensor([3, -1, 5, 29, 0, 7, -1, 8, 9])
+    how = {"ignore_index": -1, "reduction": "sum", "label_smoothing": 0.1, "z_loss": 0.01}
+    ways = [(ops.linear_cross_entropy, how), (ops.linear_cross_entropy_with_statistics, how)]
+    ways += [(op, {}) for op in (ops.linear_cross_entropy, ops.linear_cross_entropy_with_statistics)]
+    for op, settings in ways:
+        rows = slice(None) if settings else targets >= 0
+        calls.clear()
+        found = op(x[rows], weight, targets[rows], bias, **settings)
+        assert len(calls) == 1
+        with use_backend("reference"):
+            expected = op(x[rows].double(), weight.double(), targets[rows], bias.double(), **settings)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, check_dtype=False)
+
+
 @pytest.mark.parametrize("shape", [(20,), (2, 3, 20), (0, 20), (2, 0, 20)], ids=str)
 def test_rows_of_any_shape(shape, elsewhere):
     x, weight, bias = torch.randn(shape), torch.randn(30, 20), torch.randn(30)

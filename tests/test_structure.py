@@ -80,8 +80,12 @@ def test_ops_have_the_references_signature(op):
 
 
 @pytest.mark.parametrize("op", cpu_products.OPS)
-def test_products_on_a_cpu_have_the_references_signature(op):
-    assert inspect.signature(getattr(cpu_products, op)) == inspect.signature(getattr(reference, op))
+def test_products_on_a_cpu_take_what_the_reference_takes(op):
+    """In order: what is the loss's alone may be passed through."""
+    mine, theirs = (inspect.signature(getattr(room, op)).parameters for room in (cpu_products, reference))
+    named = [name for name, parameter in mine.items() if parameter.kind is not parameter.VAR_POSITIONAL]
+    assert named == list(theirs)[: len(named)]
+    assert len(named) == len(theirs) or list(mine)[-1] == "how"
 
 
 def test_public_names_are_what_their_modules_define():
