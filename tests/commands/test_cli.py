@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import PRESETS, GPTModel, generate, quantize, use_backend
+from fastgpt import PRESETS, GPTModel, cpu_products, generate, quantize, use_backend
 from fastgpt.cli import main
 from fastgpt.evaluation import evaluate
 from fastgpt.files import BUNDLED
@@ -313,9 +313,23 @@ def test_info_ops_says_what_runs_and_why(capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("backend auto, cpu, float32: tensors are on cpu")
     assert printed.count("tensors are on cpu") == 1, "what all have in common is said once"
-    assert "  attention             reference\n" in printed
+    assert ["attention", "reference"] in [line.split() for line in printed.splitlines()]
     assert main(["info", "--ops", "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["attention"]["implementation"] == "reference"
+
+
+@pytest.mark.parametrize(("vendor", "choice"), [("AuthenticAMD", "cpu_products"), ("GenuineIntel", "reference")])
+def test_info_ops_says_which_products_a_cpu_makes(vendor, choice, monkeypatch, capsys):
+    monkeypatch.setattr(cpu_products, "vendor", lambda: vendor)
+    cpu_products.unavailable.cache_clear()
+    if vendor == "AuthenticAMD" and (why := cpu_products.unavailable(torch.float32)):
+        pytest.skip(why)
+    try:
+        assert main(["info", "--ops", "--device", "cpu"]) == 0
+        (row,) = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  linear "))
+        assert row[1] == choice
+    finally:
+        cpu_products.unavailable.cache_clear()
 
 
 def test_flops_of_gpt2_are_the_published_convention():
