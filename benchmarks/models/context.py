@@ -25,7 +25,7 @@ def cases(scale: str) -> Iterator[Case]:
     shape, itemsize = config(model), dtype.itemsize
     position = kv_cache_bytes(shape, itemsize) / shape.context_length
     for context in CONTEXTS[scale]:
-        flops = generation_work(shape, 1, 1, 1, itemsize).flops
+        flops = generation_work(shape, 1, 1, 1, itemsize, itemsize).flops
         work = Work(flops, weight_bytes(shape, itemsize) + context * position, position)
         size = {"model": model, "context": context}
         yield Case("next_token", size, "", str(dtype).removeprefix("torch."), work, 1, "tokens", grows="context")

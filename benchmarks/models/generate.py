@@ -8,6 +8,9 @@ flatters them: their cost grows.
 `prefill` is the same with one new token: the time to the first. A row of `generate` less the row of `prefill` with the same
 prompt, over the tokens between, is the time of a token.
 
+On a CPU int8 and int4 are tables of their own: fp32 models with rounded weights, beside CTranslate2's int8, which rounds what is
+multiplied with them to 8 bits too and is held to a wider slack.
+
 Besides greedy generation there is sampling at SAMPLED, from the same seed in each call: another call must give the same tokens.
 """
 
@@ -16,12 +19,25 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import tempfile
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.measure import INT8, OURS, Absent, Benchmark, Candidate, Case, Work, Wrong, device, needs_cuda
+from benchmarks.harness.measure import (
+    INT8,
+    OURS,
+    Absent,
+    Benchmark,
+    Candidate,
+    Case,
+    Work,
+    Wrong,
+    device,
+    needs,
+    needs_cuda,
+)
 from benchmarks.harness.op import interpreting
 from benchmarks.models.graphed import GraphedLoop
 from benchmarks.models.nanogpt import from_fastgpt
@@ -37,6 +53,7 @@ from benchmarks.models.providers import (
 from fastgpt import GPTConfig, GPTModel, ops
 from fastgpt.inference import engine as engines
 from fastgpt.info import kv_cache_bytes
+from fastgpt.layers import ROUNDED
 from fastgpt.quantization import quantize
 
 Generate = Callable[[Tensor, int], Tensor]
@@ -57,11 +74,17 @@ PREFILL_SIZES = {
     **SIZES,
     "cpu": [("gpt2", 1, prompt, 1) for prompt in (64, 256)],
 }
-DTYPES = {"gpu": (torch.bfloat16,), "cpu": (torch.float32, torch.bfloat16), "dry": (torch.float32,)}
+# Of the weights, with their bytes: an int4 weight has a 16th of a step and a middle of 16 bits.
+DTYPES = {"gpu": ("bfloat16",), "cpu": ("float32", "bfloat16", "int8", "int4"), "dry": ("float32",)}
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.625}
 UNCACHED = ("fastgpt, no cache", "llms_from_scratch", "nanoGPT")
 UNCACHED_TOKENS = 8
 SAMPLED = {"temperature": 0.8, "top_k": 50}
-BF16_ON_A_CPU = (OURS, INT8, "transformers")
+CTRANSLATE2 = "CTranslate2"
+# What a CPU's tables besides the one in fp32 have.
+ON_A_CPU = {"bfloat16": (OURS, "transformers"), "int8": (OURS, CTRANSLATE2), "int4": (OURS,)}
+# How far from the likeliest token what rounds activations to 8 bits may go, in standard deviations of the logits.
+ROUNDED_SLACK = 0.5
 DRAWN = ("fastgpt, fused sampler", "fastgpt, torch sampler")
 
 # Providers that would hold up a stage for minutes, or have nothing to show there: the most rows that they get, and why.
@@ -72,19 +95,21 @@ MOST_ROWS = {
 }
 
 
-def weight_bytes(config: GPTConfig, itemsize: int) -> float:
+def weight_bytes(config: GPTConfig, itemsize: float) -> float:
     """What a token must read of the parameters: all but the position table, the head tied or not."""
     counts = config.parameter_counts()
     untied = 0 if config.tie_weights else counts["token embedding"]
     return itemsize * (config.num_parameters - counts["position embedding"] - untied)
 
 
-def generation_work(config: GPTConfig, batch: int, prompt: int, new: int, itemsize: int) -> Work:
+def generation_work(config: GPTConfig, batch: int, prompt: int, new: int, itemsize: float, kept: int) -> Work:
     """`new` forward passes, the first over the prompt. A cached token reads the weights, and all keys and values so far.
+
+    Bytes: `itemsize` a weight, `kept` an element of the cache.
 
     Products are counted as they are needed: attention causal, the head for the tokens that are chosen.
     """
-    position = kv_cache_bytes(config, itemsize) / config.context_length
+    position = kv_cache_bytes(config, kept) / config.context_length
     cached = batch * position * sum(prompt + i for i in range(1, new))
     C, L, positions = config.emb_dim, config.n_layers, prompt + new - 1
     matrices = L * (4 * C * C + 2 * C * config.hidden_dim) * positions + config.padded_vocab_size * C * new
@@ -97,9 +122,9 @@ def cases(benchmark: str, scale: str) -> Iterator[Case]:
     sizes, dtypes = (PREFILL_SIZES, DTYPES[scale][:1]) if first_token else (SIZES, DTYPES[scale])
     for dtype, (model, batch, prompt, new) in itertools.product(dtypes, sizes[scale]):
         new = 1 if first_token else new
-        work = generation_work(config(model), batch, prompt, new, dtype.itemsize)
+        work = generation_work(config(model), batch, prompt, new, BYTES[dtype], 2 if scale == "gpu" else 4)
         size = {"model": model, "batch": batch, "prompt": prompt, "new": new}
-        yield Case(benchmark, size, "", str(dtype).removeprefix("torch."), work, batch * new, "tokens")
+        yield Case(benchmark, size, "", dtype, work, batch * new, "tokens")
 
 
 def prepare(name: str, case: Case) -> Candidate:
@@ -107,15 +132,18 @@ def prepare(name: str, case: Case) -> Candidate:
     if case.size["batch"] > most:
         raise Absent(why)
     if device().type == "cpu" and not interpreting():
-        if case.dtype == "bfloat16" and name not in BF16_ON_A_CPU:
+        if name not in ON_A_CPU.get(case.dtype, (name,)):
             raise Absent("compared in fp32: two tables of everything would take a CPU too long")
-        if case.dtype == "float32" and name == INT8:
-            raise Absent("on a CPU int8 weights save time in bf16 alone")
-    model = spread_model(case.size["model"], case.torch_dtype)
-    if name == INT8:
-        model = quantize(model)  # the one whose tokens they must be
-    generate = GENERATORS[name](model, case)
-    return candidate(generate, model, case, name in UNCACHED, check_drawn(generate) if name in DRAWN else check_greedy)
+        if name == INT8:
+            raise Absent("on a CPU int8 has a table of its own")
+    rounded = "int8" if name == INT8 else case.dtype if case.dtype in ROUNDED else None
+    exact = spread_model(case.size["model"], torch.float32 if case.dtype in ROUNDED else case.torch_dtype)
+    model = exact if rounded is None else quantize(exact, rounded)  # the one whose tokens they must be
+    check: Callable[..., None] = check_greedy
+    if rounded and name == CTRANSLATE2:
+        check = functools.partial(check_greedy, slack=ROUNDED_SLACK)
+    generate = GENERATORS[name](exact if name == CTRANSLATE2 else model, case)  # that rounds by itself
+    return candidate(generate, model, case, name in UNCACHED, check_drawn(generate) if name in DRAWN else check)
 
 
 def check_drawn(generate: Generate) -> Callable[..., None]:
@@ -203,6 +231,34 @@ def transformers_eager(model: GPTModel, case: Case, **settings) -> Generate:
     peer = transformers_model(model)
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, **settings}
     return lambda idx, n: peer.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, **options)
+
+
+def ctranslate2_generate(model: GPTModel, case: Case) -> Generate:
+    """CTranslate2's generator of the same weights, by its own converter of transformers' GPT-2; ids pass as words."""
+    if device().type != "cpu":
+        raise Absent("compared on a CPU only")
+    needs("ctranslate2")
+    import ctranslate2
+    from ctranslate2.converters import transformers as converters
+
+    spec = converters.GPT2Loader().get_model_spec(transformers_model(model))
+    spec.register_vocabulary([str(i) for i in range(model.config.vocab_size)])
+    spec.config.unk_token = spec.config.bos_token = spec.config.eos_token = "0"
+    spec.validate()
+    spec.optimize(quantization=case.dtype)
+    with tempfile.TemporaryDirectory() as directory:
+        spec.save(directory)
+        peer = ctranslate2.Generator(
+            directory, compute_type=case.dtype, intra_threads=torch.get_num_threads(), inter_threads=1
+        )
+    options = {"beam_size": 1, "sampling_topk": 1, "include_prompt_in_result": False, "end_token": []}
+
+    def generate(idx: Tensor, n: int) -> Tensor:
+        prompts = [[str(i) for i in row] for row in idx.tolist()]
+        done = peer.generate_batch(prompts, max_length=n, min_length=n, **options)
+        return torch.cat((idx, torch.tensor([row.sequences_ids[0] for row in done])), dim=1)
+
+    return generate
 
 
 def transformers_static(model: GPTModel, case: Case) -> Generate:
@@ -293,6 +349,7 @@ GENERATORS: dict[str, Callable[[GPTModel, Case], Generate]] = {
     "transformers": transformers_eager,
     "transformers, static cache, compiled": transformers_static,
     "cuBLAS and SDPA in a CUDA graph": graphed,
+    CTRANSLATE2: ctranslate2_generate,
     "llms_from_scratch": book,
     "llms_from_scratch, KV cache": book_cached,
     "nanoGPT": nano,

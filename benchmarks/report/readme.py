@@ -24,7 +24,7 @@ PICTURES = """![The time of one more token against the context](pictures/context
 
 ![The loss of README's training command](pictures/loss.svg)"""
 SIZES = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
-DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8 weights", "int4": "int4 weights"}
 
 
 def filled(text: str, results: Path) -> str:

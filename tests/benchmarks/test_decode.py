@@ -42,6 +42,38 @@ def test_int8_tokens_are_the_quantized_models():
         measure.prove(generate.candidate(coarse.generate, model, case))
 
 
+def test_what_rounds_by_itself_has_a_slack_of_its_own(monkeypatch):
+    """CTranslate2 gets the exact weights, and is judged by the rounded ones with more room than fastgpt has."""
+    case = dataclasses.replace(generate.BENCHMARKS[0].cases("dry")[0], dtype="int8")
+    given = []
+
+    def peer(model, case):
+        given.append(model)
+        return generate.on_kernels(model.generate)  # of weights that aren't rounded at all
+
+    monkeypatch.setitem(generate.GENERATORS, generate.CTRANSLATE2, peer)
+    measure.prove(generate.prepare(generate.CTRANSLATE2, case))
+    assert not any(isinstance(module, Int8Linear) for module in given[0].modules())
+    model = quantize(given[0])
+    coarse = copy.deepcopy(model)
+    for module in coarse.modules():
+        if isinstance(module, Int8Linear):
+            module.weight.copy_(module.weight // 64 * 64)
+    check = functools.partial(providers.check_greedy, slack=generate.ROUNDED_SLACK)
+    with pytest.raises(Wrong, match="short of the likeliest"):
+        measure.prove(generate.candidate(coarse.generate, model, case, check_tokens=check))
+
+
+def test_a_cpus_floors_count_the_bytes_of_rounded_weights():
+    fp32, bf16, int8, int4 = generate.BENCHMARKS[0].cases("cpu")
+    assert [case.dtype for case in (fp32, bf16, int8, int4)] == ["float32", "bfloat16", "int8", "int4"]
+    # 124M parameters but the 1024 positions, 32 times; 12 layers' keys and values in fp32 for each token behind the first
+    weights, cached = 32 * (124_439_808 - 1024 * 768), 2 * 12 * 768 * 4 * sum(range(65, 96))
+    assert fp32.work.read == 4 * weights + cached
+    assert int8.work.read == weights + cached
+    assert int4.work.read == 0.625 * weights + cached
+
+
 def test_providers_that_would_take_minutes_are_left_out_with_a_reason():
     cases = [case for case in generate.BENCHMARKS[0].cases("gpu") if case.size["batch"] == 512]
     assert [case.size["model"] for case in cases] == ["gpt2"]
