@@ -84,15 +84,6 @@ def test_dropout_of_one_leaves_the_final_norms_shift():
     torch.testing.assert_close(model(idx), expected)
 
 
-def test_golden_ids_of_upstreams_own_test():
-    # pkg/llms_from_scratch/tests/test_ch04.py: seed 123, the 124M configuration, ten greedy tokens
-    cfg = {**TINY, "vocab_size": 50257, "context_length": 1024, "emb_dim": 768, "n_heads": 12, "n_layers": 12}
-    torch.manual_seed(123)
-    model = GPTModel({**cfg, "drop_rate": 0.1, "qkv_bias": False}).eval()
-    out = model.generate(torch.tensor([[15496, 11, 314, 716]]), 10)
-    assert out[0, 4:].tolist() == [27018, 24086, 47843, 30961, 42348, 7267, 49706, 43231, 47062, 34657]
-
-
 @pytest.mark.parametrize("bias", [True, False])
 def test_nanogpts_variant(bias):
     shape = {"vocab_size": 96, "context_length": 16, "emb_dim": 32, "n_heads": 4, "n_layers": 2}

@@ -128,13 +128,7 @@ def test_import_adds_under_0_3_s_to_torch():
     code = (
         "import torch, time; t = time.process_time(); import fastgpt; fastgpt.GPTModel; print(time.process_time() - t)"
     )
-    assert min(float(run(code)) for _ in range(3)) < 0.3
-
-
-# Longer than the rule allows, until each is split by what it tests.
-LONG_TESTS = {
-    "tests/kernels/test_linear.py",
-}
+    assert any(float(run(code)) < 0.3 for _ in range(3))  # once is enough on an idle machine
 
 
 def test_no_file_passes_450_lines():
@@ -144,7 +138,7 @@ def test_no_file_passes_450_lines():
         for path in (ROOT / room).rglob("*.py")
         if (count := len(path.read_text(encoding="utf-8").splitlines())) > 450
     }
-    assert not long.keys() - LONG_TESTS, long
+    assert not long
 
 
 def test_wheel_holds_both_packages_and_nothing_called_kernels():
