@@ -12,9 +12,9 @@
 
 Query t of row b sees keys first[b] .. lengths[b] - T + t. One program owns SPLIT_KEYS keys of one head; a second launch owns
 one query each and adds its splits up in their order. The grid depends on the capacity and the kernels read the length, so a
-step can be captured in a CUDA graph once and replayed as the cache grows; programs behind the length or before `first` return
-at once. A split has a fixed size rather than a fixed share, so that a row's result, to the bit, depends on neither its batch
-mates nor the capacity.
+step can be captured in a CUDA graph once and replayed as the cache grows; programs behind the length or before `first` write
+zeros. A split has a fixed size rather than a fixed share, so that a row's result, to the bit, depends on neither its batch
+mates nor the capacity. The first launch is also that of decode_token, which combines the splits itself.
 
 Bound by memory: 2 B H length D * itemsize bytes over the HBM rate, plus an eighth of an itemsize-2 cache's in partial results
 at D = 64 that stay in L2. A single query takes sums of fp32 products instead of `tl.dot`, whose smallest tile is 16 queries.
@@ -28,9 +28,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._heads import add_dot, dot_heads, head_constants, load_head, scale_head, store_head, unit_last, zero_head
-from ._launch import check, check_device, check_float, launch, register
+from ._launch import cdiv, check, check_device, check_float, launch, next_power_of_2, register
 
 MAX_HEAD_SIZE = 256
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -69,30 +70,42 @@ def _add_weighted(acc, p, v, ACC: tl.constexpr):
 def _decode_split_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, first_ptr, part_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_lengths,
-    stride_first,
+    stride_first, stride_lb, stride_lh, stride_lt, stride_ls,
     H, T, S,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, NEW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     splits = tl.cdiv(S, BLOCK_N)
     tiles = tl.cdiv(T, BLOCK_T)
     split = tl.program_id(0) % splits
     tile = tl.program_id(0) // splits % tiles
     head = tl.program_id(0) // splits // tiles
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    length = tl.load(lengths_ptr + b * stride_lengths)
-    end = tl.minimum(length, S)
-    if split * BLOCK_N >= end:
-        return
-    if first_ptr is not None:
-        first = tl.load(first_ptr + b * stride_first)
-        if (split + 1) * BLOCK_N <= first:
-            return
-
     rows = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = split * BLOCK_N + tl.arange(0, BLOCK_N)
+    # parts lie like lse, with D elements for each of its one
+    at = b * stride_lb + h * stride_lh + split * stride_ls
+    lse_ptrs = lse_ptr + at + rows.to(tl.int64) * stride_lt
+    part_ptr += at * D
+    length = tl.load(lengths_ptr + b * stride_lengths) + NEW
+    end = tl.minimum(length, S)
+    seen = split * BLOCK_N < end
+    if first_ptr is not None:
+        first = tl.load(first_ptr + b * stride_first)
+        seen = seen & ((split + 1) * BLOCK_N > first)
+    if not seen:
+        tl.store(lse_ptrs, tl.full([BLOCK_T], float("-inf"), ACC), mask=rows < T)
+        store_head(part_ptr, rows, stride_lt * D, T, zero_head(BLOCK_T, BLOCK_D, BLOCK_E, ACC), D)
+        return
+
     k = load_head(k_ptr + b * stride_kb + h * stride_kh, cols, stride_ks, end, D, BLOCK_D, BLOCK_E, True)
     v = load_head(v_ptr + b * stride_vb + h * stride_vh, cols, stride_vs, end, D, BLOCK_D, BLOCK_E, True)
+    if BLOCK_T == 1:
+        # Behind a barrier, or ptxas multiplies each piece of k as it comes and asks for the next one after that.
+        tl.debug_barrier()
     q = load_head(q_ptr + b * stride_qb + h * stride_qh, rows, stride_qt, T, D, BLOCK_D, BLOCK_E, True)
 
     if BLOCK_T == 1:
@@ -114,10 +127,8 @@ def _decode_split_kernel(
         part = _add_weighted(part, p, v, ACC)
     else:
         part = add_dot(part, p, v, PRECISION, ACC)
-    at = (head.to(tl.int64) * T + rows) * splits + split
-    last = (head.to(tl.int64) + 1) * T * splits
-    tl.store(lse_ptr + at, tl.where(empty, float("-inf"), m + tl.log2(l)), mask=rows < T)
-    store_head(part_ptr, at, D, last, scale_head(part, (1.0 / l)[:, None]), D)
+    tl.store(lse_ptrs, tl.where(empty, float("-inf"), m + tl.log2(l)), mask=rows < T)
+    store_head(part_ptr, rows, stride_lt * D, T, scale_head(part, (1.0 / l)[:, None]), D)
 
 
 @triton.jit(do_not_specialize=["T", "S"])
@@ -154,8 +165,29 @@ def _decode_combine_kernel(
     store_head(out_ptr + b * stride_ob + h * stride_oh, rows, stride_ot, T, out, D)
 
 
-def _split_warps(head_size: int) -> int:
-    return 4 if head_size <= 96 else 8  # 32 elements a thread of keys and of values at D = 64 and 128
+def _split_warps(tile_bytes: int) -> int:
+    """So that the keys of a program, and so its values, are at most 32 registers a thread where 16 warps are enough."""
+    return min(max(next_power_of_2(tile_bytes) // 4096, 4), 16)
+
+
+def attend_splits(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, parts: Tensor, lse: Tensor, split_keys: int,
+    first: Tensor | None = None, new: int = 0, pdl: bool = False,
+) -> None:  # fmt: skip
+    """The first of the two launches: parts and lse [B, H, T, splits] of q [B, H, T, D], all with unit last strides.
+
+    lse has any strides, and parts, whose shape isn't looked at, D times those. A split of `split_keys` keys without a visible one
+    gives zeros and -Inf. Row b's cache holds lengths[b] + `new` positions. pdl: see decode_token.
+    """
+    (B, H, T, D), S, block_t = q.shape, k_cache.shape[2], 1 if q.shape[2] == 1 else QUERY_TILE
+    launch(
+        _decode_split_kernel, (B * H * cdiv(T, block_t) * cdiv(S, split_keys),),
+        q, k_cache, v_cache, lengths, first, parts, lse,
+        *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], lengths.stride(0),
+        0 if first is None else first.stride(0), *lse.stride(), H, T, S,
+        BLOCK_T=block_t, BLOCK_N=split_keys, NEW=new, PDL=pdl, **head_constants(q),
+        num_warps=_split_warps(split_keys * D * k_cache.itemsize), **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
 
 
 def _decode_fake(q, k_cache, v_cache, lengths, first):
@@ -172,23 +204,12 @@ def decode_attention_fwd(q, k_cache, v_cache, lengths, first):
     S = k_cache.shape[2]
     out = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
     q, k_cache, v_cache = unit_last(q.to(k_cache.dtype)), unit_last(k_cache), unit_last(v_cache)
-    splits = triton.cdiv(S, SPLIT_KEYS)
+    splits = cdiv(S, SPLIT_KEYS)
     statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
     parts = torch.empty(B, H, T, splits, D, dtype=statistics, device=q.device)
     lse = torch.empty(B, H, T, splits, dtype=statistics, device=q.device)
-    block_t = 1 if T == 1 else QUERY_TILE
+    attend_splits(q, k_cache, v_cache, lengths, parts, lse, SPLIT_KEYS, first)
     head = head_constants(q)
-    launch(
-        _decode_split_kernel,
-        (B * H * triton.cdiv(T, block_t) * splits,),
-        *(q, k_cache, v_cache, lengths, first, parts, lse),
-        *(*q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], lengths.stride(0)),
-        *(0 if first is None else first.stride(0), H, T, S),
-        BLOCK_T=block_t,
-        BLOCK_N=SPLIT_KEYS,
-        **head,
-        num_warps=_split_warps(D),
-    )
     del head["PRECISION"]
     launch(
         _decode_combine_kernel,

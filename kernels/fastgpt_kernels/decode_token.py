@@ -14,14 +14,19 @@
     x, q, logits        [B, C], [B, C], [B, V]  fp32         h   [B, 4C]   like the weights
     part, lse           [B, splits, C], [B, splits, H]  fp32
 
-A program of a matrix kernel owns ROWS output columns, which are rows of W, and holds their weights in registers: one batch of
-16-byte loads, issued before anything else, since they don't depend on what the kernel before wrote. Its threads lie along a
-row of W, so that norm, combination and products read x once and meet in one reduction each. All rows of the batch follow one
-after another on the same weights. Sums are fp32 and in an order that neither batch mates nor cache length change.
+A program of a matrix kernel owns ROWS output columns, which are rows of W, and holds their weights in registers. Its threads
+lie along a row of W, so that norm, combination and products read x once and meet in one reduction each. All rows of the batch
+follow one after another on the same weights. Sums are fp32 and in an order that neither batch mates nor cache length change.
+
+All loads of a kernel are on their way before the first is used: weights and the norm's parameters, what is added to, then the
+input. Two kernels need an answer to ask for more: attend the position, layer 0 the token. ptxas would rather put a load off
+until something uses it; it doesn't move one over a barrier, and so the input comes behind one. `python -m fastgpt_kernels.aot`
+counts these waves of loads in the machine code.
 
 The grid depends on shapes alone and the kernels read positions on the device: captured in a CUDA graph once, a step replays at
-any length. Splits behind a row's length return at once. With `pdl` (sm90 and later) each kernel starts while the one before
-runs out, its weights on their way, and waits for that one's results.
+any length. 3 rows run on the kernels of 4, and 5 to 7 on those of 8, so that a batch that shrinks compiles nothing. With `pdl`
+(sm90 and later) a kernel first lets the next one start, asks for its weights, and waits for the kernel before; nothing that any
+kernel wrote is read ahead of the wait. With `ahead` it also has L2 fetch what later kernels read: see _ahead.py.
 
 Bound by memory: a token reads every weight once and 2 B C length itemsize bytes of cache a layer. The rest stays in L2:
 part and lse are 2 x 24 KB a row at GPT-2 124M.
@@ -32,6 +37,8 @@ https://docs.nvidia.com/cuda/cuda-c-programming-guide/#programmatic-dependent-la
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,8 +47,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ._launch import arch, check, check_device, launch
-from ._token import attend_tile, load_rows, load_scales, matrix_rows, qkv_rows
+from ._ahead import AHEAD_BYTES, Ahead, ask_ahead, load_piece, plan
+from ._launch import INTERPRETING, arch, cdiv, check, check_device, launch, next_power_of_2
+from ._math import activation as _activation
+from ._token import combined, embedded, load_input, load_norm, load_parts, load_rows, normed, times_rows
+from .decode import attend_splits
 
 # Rows that follow one another on the same weights. More keep tensor cores busy.
 MAX_BATCH = 8
@@ -121,82 +131,146 @@ class TokenBuffers(NamedTuple):
 
 def token_buffers(weights: TokenWeights, batch: int, n_heads: int, capacity: int, vocab_size: int) -> TokenBuffers:
     """Buffers for `batch` rows and caches of up to `capacity` positions."""
-    device, C, splits = weights.head.device, weights.norm.shape[0], triton.cdiv(capacity, SPLIT_KEYS)
+    device, C, splits = weights.head.device, weights.norm.shape[0], cdiv(capacity, SPLIT_KEYS)
     x, q = (torch.empty(batch, C, device=device) for _ in range(2))
     part, lse = torch.empty(batch, splits, C, device=device), torch.empty(batch, splits, n_heads, device=device)
     hidden = torch.empty(batch, weights.layers[0].up.shape[0], device=device, dtype=weights.tokens.dtype)
     return TokenBuffers(x, q, part, lse, hidden, torch.empty(batch, vocab_size, device=device))
 
 
-@triton.jit
+def plan_ahead(weights: TokenWeights, distance: int = AHEAD_BYTES) -> Ahead | None:
+    """What decode_token's kernels ask L2 for, `distance` bytes ahead; None for 0 and where there is nothing to ask with.
+
+    For sm90 and later. On a GPU no more than half of its L2 lies between asking and reading.
+    """
+    device, (C,), F = weights.head.device, weights.norm.shape, weights.layers[0].up.shape[0]
+    if INTERPRETING or arch(device) < 90:
+        return None
+    if device.type == "cuda":
+        distance = min(distance, torch.cuda.get_device_properties(device).L2_cache_size // 2)
+    kernels: list[tuple[tuple[Tensor, ...], int]] = []
+    for layer in weights.layers:
+        kernels.append(((layer.query, layer.key, layer.value), 3 * cdiv(C, ROWS)))
+        kernels += [((layer.out,), cdiv(C, PROJECT_ROWS)), ((layer.up,), cdiv(F, ROWS)), ((layer.down,), cdiv(C, ROWS))]
+    return plan([*kernels, ((weights.head,), cdiv(len(weights.head), HEAD_ROWS))], distance, device)
+
+
+@triton.jit(do_not_specialize=["pieces"])
 def _token_qkv_kernel(
     tokens_ptr, positions_ptr, table_ptr, places_ptr, x_ptr, scale_ptr, shift_ptr, eps,
     wq_ptr, bq_ptr, wk_ptr, bk_ptr, wv_ptr, bv_ptr, q_scales_ptr, k_scales_ptr, v_scales_ptr, q_ptr, k_ptr, v_ptr,
-    stride_b, stride_h, stride_s,
-    C: tl.constexpr, H: tl.constexpr, BLOCK_C: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    pieces_ptr, pieces, batch, stride_b, stride_h, stride_s,
+    C: tl.constexpr, H: tl.constexpr, BLOCK_C: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr,
+    WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Queries, keys or values from norm(x); in the first layer x is made from the tables."""
+    if PDL:
+        gdc_launch_dependents()
+    D: tl.constexpr = C // H
+    cols = tl.arange(0, BLOCK_C)
     tiles: tl.constexpr = (C + ROWS - 1) // ROWS
     which = tl.program_id(0) // tiles
     rows = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    if which == 0:
-        w, bias = load_rows(wq_ptr, bq_ptr, rows, C, C, BLOCK_C)
-    elif which == 1:
-        w, bias = load_rows(wk_ptr, bk_ptr, rows, C, C, BLOCK_C)
-    else:
-        w, bias = load_rows(wv_ptr, bv_ptr, rows, C, C, BLOCK_C)
-    scales_ptr = q_scales_ptr
-    if q_scales_ptr is not None:
-        if which == 1:
-            scales_ptr = k_scales_ptr
-        elif which == 2:
-            scales_ptr = v_scales_ptr
-    scales = load_scales(scales_ptr, rows, C)
+    # One load behind three pointers: of three loads in branches, none is on its way while another instruction is issued.
+    w_ptr, bias_ptr, scales_ptr = wq_ptr, bq_ptr, q_scales_ptr
+    if which == 1:
+        w_ptr, bias_ptr, scales_ptr = wk_ptr, bk_ptr, k_scales_ptr
+    elif which == 2:
+        w_ptr, bias_ptr, scales_ptr = wv_ptr, bv_ptr, v_scales_ptr
+    w, bias, scales = load_rows(w_ptr, bias_ptr, scales_ptr, rows, C, C, BLOCK_C)
+    scale, shift = load_norm(scale_ptr, shift_ptr, C, BLOCK_C)
+    address, size = load_piece(pieces_ptr, pieces)
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()
-    qkv_rows(
-        which, rows, C, w, bias, scales, table_ptr is not None, tl.program_id(0) == 0,
-        tokens_ptr, positions_ptr, table_ptr, places_ptr, x_ptr, scale_ptr, shift_ptr, eps,
-        q_ptr, k_ptr, v_ptr, stride_b, stride_h, stride_s, C, H, BLOCK_C, B,
-    )  # fmt: skip
+    elif table_ptr is not None:
+        tl.debug_barrier()
+    positions: tl.tuple = ()
+    tokens: tl.tuple = ()
+    xs: tl.tuple = ()
+    for b in tl.static_range(B):
+        positions = positions + (tl.load(positions_ptr + tl.minimum(b, batch - 1)).to(tl.int64),)
+        if table_ptr is not None:
+            tokens = tokens + (tl.maximum(tl.load(tokens_ptr + tl.minimum(b, batch - 1)), 0),)  # what a broken row drew
+    tl.debug_barrier()  # what was asked for is on its way: ptxas would put off what is used last
+    for b in tl.static_range(WINDOW):
+        if table_ptr is not None:
+            xs = xs + (embedded(table_ptr, places_ptr, tokens[b], positions[b], C, BLOCK_C),)
+        else:
+            xs = xs + (tl.load(x_ptr + tl.minimum(b, batch - 1) * C + cols, mask=cols < C, other=0.0),)
+    ask_ahead(pieces_ptr, address, size)
+    for b in tl.static_range(B):
+        if table_ptr is not None and tl.program_id(0) == 0:
+            tl.store(x_ptr + b * C + cols, xs[b], mask=(cols < C) & (b < batch))
+        out = times_rows(w, normed(xs[b], scale, shift, eps, C, BLOCK_C), scales) + bias
+        mask = (rows < C) & (b < batch)
+        at = b * stride_b + positions[b] * stride_s + rows // D * stride_h + rows % D
+        if which == 0:
+            tl.store(q_ptr + b * C + rows, out, mask=mask)
+        elif which == 1:
+            tl.store(k_ptr + at, out.to(k_ptr.dtype.element_ty), mask=mask)
+        else:
+            tl.store(v_ptr + at, out.to(v_ptr.dtype.element_ty), mask=mask)
+        if b + WINDOW < B:
+            if table_ptr is not None:
+                xs = xs + (embedded(table_ptr, places_ptr, tokens[b + WINDOW], positions[b + WINDOW], C, BLOCK_C),)
+            else:
+                xs = xs + (tl.load(x_ptr + tl.minimum(b + WINDOW, batch - 1) * C + cols, mask=cols < C, other=0.0),)
 
 
-@triton.jit
-def _token_attend_kernel(
-    positions_ptr, q_ptr, k_ptr, v_ptr, part_ptr, lse_ptr, stride_b, stride_h, stride_s, splits,
-    C: tl.constexpr, H: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    attend_tile(
-        tl.program_id(0), positions_ptr, q_ptr, k_ptr, v_ptr, part_ptr, lse_ptr, stride_b, stride_h, stride_s, splits,
-        C, H, BLOCK_D, SPLIT,
-    )  # fmt: skip
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def _token_matrix_kernel(
     x_ptr, scale_ptr, shift_ptr, eps, h_ptr, part_ptr, lse_ptr, positions_ptr, splits, w_ptr, bias_ptr,
-    scales_ptr, out_ptr, N,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, H: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr,
-    B: tl.constexpr, ROWS: tl.constexpr, INPUT: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
-    ADVANCE: tl.constexpr, PDL: tl.constexpr,
+    scales_ptr, out_ptr, pieces_ptr, pieces, batch, N,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, H: tl.constexpr, BLOCK_S: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr,
+    INPUT: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, ADVANCE: tl.constexpr,
+    WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """out[b] = activation(W input[b] + bias), or that added to out[b]."""
+    if PDL:
+        gdc_launch_dependents()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    w, bias = load_rows(w_ptr, bias_ptr, rows, N, K, BLOCK_K)
-    scales = load_scales(scales_ptr, rows, N)
+    w, bias, scales = load_rows(w_ptr, bias_ptr, scales_ptr, rows, N, K, BLOCK_K)
+    if INPUT == "norm":
+        scale, shift = load_norm(scale_ptr, shift_ptr, K, BLOCK_K)
+    address, size = load_piece(pieces_ptr, pieces)
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()
-    matrix_rows(
-        rows, N, w, bias, scales, x_ptr, scale_ptr, shift_ptr, eps, h_ptr, part_ptr, lse_ptr, positions_ptr, splits,
-        out_ptr, N,
-        K, BLOCK_K, H, SPLIT, BLOCK_S, B, INPUT, ACTIVATION, RESIDUAL,
-    )  # fmt: skip
+    olds: tl.tuple = ()
+    parts: tl.tuple = ()
+    inputs: tl.tuple = ()
+    for b in tl.static_range(WINDOW):
+        row = tl.minimum(b, batch - 1)
+        if RESIDUAL:
+            olds = olds + (tl.load(out_ptr + row * N + rows, mask=rows < N, other=0.0),)
+        if INPUT == "parts":
+            parts = parts + (load_parts(part_ptr, row, splits, K, BLOCK_K, BLOCK_S),)
+    # Behind a barrier, or ptxas puts off what is used last. The input comes last, since all that is computed waits for it.
+    tl.debug_barrier()
+    for b in tl.static_range(WINDOW):
+        row = tl.minimum(b, batch - 1)
+        inputs = inputs + (load_input(x_ptr, h_ptr, lse_ptr, splits, row, K, BLOCK_K, H, BLOCK_S, INPUT),)
+    ask_ahead(pieces_ptr, address, size)
+    for b in tl.static_range(B):
+        if INPUT == "norm":
+            y = normed(inputs[b], scale, shift, eps, K, BLOCK_K)
+        elif INPUT == "parts":
+            y = combined(parts[b], inputs[b])
+        else:
+            y = inputs[b].to(tl.float32)
+        out = _activation(times_rows(w, y, scales) + bias, ACTIVATION)
+        if RESIDUAL:
+            out += olds[b]
+        tl.store(out_ptr + b * N + rows, out.to(out_ptr.dtype.element_ty), mask=(rows < N) & (b < batch))
+        if b + WINDOW < B:
+            row = tl.minimum(b + WINDOW, batch - 1)
+            if RESIDUAL:
+                olds = olds + (tl.load(out_ptr + row * N + rows, mask=rows < N, other=0.0),)
+            if INPUT == "parts":
+                parts = parts + (load_parts(part_ptr, row, splits, K, BLOCK_K, BLOCK_S),)
+            inputs = inputs + (load_input(x_ptr, h_ptr, lse_ptr, splits, row, K, BLOCK_K, H, BLOCK_S, INPUT),)
     if ADVANCE and tl.program_id(0) == 0:
-        for b in tl.static_range(B):
-            tl.store(positions_ptr + b, tl.load(positions_ptr + b) + 1)
+        at = tl.arange(0, B)
+        tl.store(positions_ptr + at, tl.load(positions_ptr + at, mask=at < batch) + 1, mask=at < batch)
 
 
 def _warps(block: int) -> int:
@@ -204,9 +278,20 @@ def _warps(block: int) -> int:
     return min(max(block // 512, 4), 16)
 
 
+def _window(batch: int, source: str, warps: int) -> int:
+    """Rows whose inputs are on their way or in use at once: computing one takes about as long as L2 takes to answer."""
+    return min(batch, 3 if source != "parts" else 2 if warps < 16 else 1)
+
+
 def _combining_warps(block: int, splits: int) -> int:
     """So that parts and lse of all splits, beside the weights, take 64 registers a thread."""
     return min(max(block * splits // 1024, 4), 16)
+
+
+def _all_or_none(*biases: Tensor | None) -> Sequence[Tensor | None]:
+    """The biases, zeros for those missing where others are there."""
+    given = next((bias for bias in biases if bias is not None), None)
+    return biases if given is None else [torch.zeros_like(given) if bias is None else bias for bias in biases]
 
 
 def check_token(tokens: Tensor, positions: Tensor, weights: TokenWeights, keys: Tensor, values: Tensor) -> None:
@@ -248,11 +333,13 @@ def decode_token(
     activation: str = "gelu_tanh",
     eps: float = 1e-5,
     pdl: bool = False,
+    ahead: Ahead | None = None,
 ) -> Tensor:
     """Logits fp32 [B, V] of one new token a row, in `buffers.logits`; its keys and values join the cache, positions += 1.
 
     tokens int64 [B]; positions int32 [B], each under the capacity S of keys and values [L, B, H, S, D] (the caller's care:
-    they are on the device). No gradient. `pdl`: programmatic dependent launch, sm90 and later.
+    they are on the device). No gradient. pdl: programmatic dependent launch, sm90 and later. ahead: `plan_ahead(weights)`, as long
+    as no weight is replaced.
     """
     check_token(tokens, positions, weights, keys, values)
     (_, B, H, _, D), C, layers = keys.shape, weights.norm.shape[0], weights.layers
@@ -260,41 +347,42 @@ def decode_token(
     check(not pdl or arch(tokens.device) >= 90, f"decode_token: pdl needs sm90 or later, got sm{arch(tokens.device)}")
     x, q, part, lse, hidden, logits = buffers
     splits, launch_pdl = part.shape[1], {"launch_pdl": True} if pdl else {}
-    block, strides = triton.next_power_of_2(C), keys.stride()[1:4]
-    # Left alone, ptxas holds some of these kernels to 72, 96 or 128 registers for occupancy, and spills two to four.
-    int8, wide_fp32 = weights.scales is not None, block > 1024 and weights.tokens.dtype == torch.float32
-    maxnreg = 128 if (B > 1 and block <= 1024) or (B == 1 and int8) else 168 if int8 and wide_fp32 else None
-    block_s, block_d = triton.next_power_of_2(splits), triton.next_power_of_2(D)
+    block, strides, rows_b = next_power_of_2(C), keys.stride()[1:4], next_power_of_2(B)
+    block_s, asked = next_power_of_2(splits), itertools.count()
+
+    def asks():
+        return (None, 0) if ahead is None else ahead.of(next(asked))
 
     def matrix(w, bias, scales, out, source, norm=None, shift=None, activation=None, rows=ROWS, advance=False):
         N, K = out.shape[1], w.shape[1]
-        block_k = triton.next_power_of_2(K)
+        block_k = next_power_of_2(K)
         warps = _combining_warps(block_k, block_s) if source == "parts" else _warps(block_k)
         if rows * block_k > 128 * 32 * warps:
             warps *= 2  # weights stay for all rows of the batch, and more than 128 a thread spill
         launch(
-            _token_matrix_kernel, (triton.cdiv(N, rows),),
-            x, norm, shift, eps, hidden, part, lse, positions, splits, w, bias, scales, out, N,
-            K=K, BLOCK_K=block_k, H=H, SPLIT=SPLIT_KEYS, BLOCK_S=block_s, B=B, ROWS=rows, INPUT=source,
-            ACTIVATION=activation, RESIDUAL=out is x, ADVANCE=advance, PDL=pdl,
-            num_warps=warps, **launch_pdl,
+            _token_matrix_kernel, (cdiv(N, rows),),
+            x, norm, shift, eps, hidden, part, lse, positions, splits, w, bias, scales, out, *asks(), B, N,
+            K=K, BLOCK_K=block_k, H=H, BLOCK_S=block_s, B=rows_b, ROWS=rows, INPUT=source,
+            ACTIVATION=activation, RESIDUAL=out is x, ADVANCE=advance,
+            WINDOW=_window(rows_b, source, warps), PDL=pdl, num_warps=warps, **launch_pdl,
         )  # fmt: skip
 
     for i, layer in enumerate(layers):
         scales = [None] * 6 if weights.scales is None else weights.scales[i]
+        biases = _all_or_none(layer.query_bias, layer.key_bias, layer.value_bias)
         tables = (weights.tokens, weights.positions) if i == 0 else (None, None)
         launch(
-            _token_qkv_kernel, (3 * triton.cdiv(C, ROWS),),
-            tokens, positions, *tables, x, layer.norm1, layer.norm1_shift, eps, layer.query, layer.query_bias,
-            layer.key, layer.key_bias, layer.value, layer.value_bias, *scales[:3], q, keys[i], values[i], *strides,
-            C=C, H=H, BLOCK_C=block, B=B, ROWS=ROWS, PDL=pdl, num_warps=_warps(block), maxnreg=maxnreg, **launch_pdl,
+            _token_qkv_kernel, (3 * cdiv(C, ROWS),),
+            tokens, positions, *tables, x, layer.norm1, layer.norm1_shift, eps, layer.query, biases[0],
+            layer.key, biases[1], layer.value, biases[2], *scales[:3], q, keys[i], values[i], *asks(), B, *strides,
+            C=C, H=H, BLOCK_C=block, B=rows_b, ROWS=ROWS, WINDOW=_window(rows_b, "norm", _warps(block)), PDL=pdl,
+            num_warps=_warps(block), **launch_pdl,
         )  # fmt: skip
-        launch(
-            _token_attend_kernel, (B * H * splits,),
-            positions, q, keys[i], values[i], part, lse, *strides, splits,
-            C=C, H=H, BLOCK_D=block_d, SPLIT=SPLIT_KEYS, PDL=pdl, num_warps=4 if block_d <= 64 else 8, **launch_pdl,
+        attend_splits(
+            q.view(B, H, 1, D), keys[i], values[i], positions, part, lse.transpose(1, 2)[:, :, None], SPLIT_KEYS,
+            new=1, pdl=pdl,
         )  # fmt: skip
-        matrix(layer.out, layer.out_bias, scales[3], x, "parts", rows=PROJECT_ROWS)
+        matrix(layer.out, layer.out_bias, scales[3], x, "parts", rows=PROJECT_ROWS if B <= 4 or block <= 1024 else ROWS)
         matrix(layer.up, layer.up_bias, scales[4], hidden, "norm", layer.norm2, layer.norm2_shift, activation)
         matrix(layer.down, layer.down_bias, scales[5], x, "hidden")
     matrix(

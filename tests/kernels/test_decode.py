@@ -224,7 +224,7 @@ def test_offsets_beyond_int32(device):
     ("T", "original", "changed"),
     [
         (1, "end = tl.minimum(length, S)", "end = S"),
-        (1, "used = tl.cdiv(tl.minimum(tl.load(lengths_ptr + b * stride_lengths), S), BLOCK_N)", "used = tl.cdiv(S, BLOCK_N)"),
+        (1, "tl.full([BLOCK_T], float(\"-inf\"), ACC)", "tl.zeros([BLOCK_T], ACC)"),
         (1, "total += tl.sum(weights, 0)", "total += tl.sum(weights, 0) * 0.99"),
         (1, "m + tl.log2(l)", "m"),
         (1, "scale_head(part, (1.0 / l)[:, None])", "part"),
@@ -236,7 +236,7 @@ def test_offsets_beyond_int32(device):
         (3, 'm = tl.where(m == float("-inf"), 0.0, m)\n    p =', "p ="),
         (3, "scale_head(part, (1.0 / l)[:, None])", "part"),
         (1, "cols[None, :] >= first", "cols[None, :] > first"),
-        (1, "(split + 1) * BLOCK_N <= first", "split * BLOCK_N <= first"),
+        (1, "(split + 1) * BLOCK_N > first", "split * BLOCK_N > first"),
         (1, "0) // BLOCK_N", "0) // BLOCK_N + 1"),
     ],
 )  # fmt: skip

@@ -98,30 +98,24 @@ def test_decode_token(name, dtype, device):
     compare(module, model, prompts, model.config.context_length)
 
 
-PHASES = {
-    "no scale": ("    if scales is not None:\n        products *= scales\n", ""),
-    "scale of the row before": ("scales_ptr + rows, mask", "scales_ptr + tl.maximum(rows - 1, 0), mask"),
-    "scale of the first row": ("scales_ptr + rows, mask", "scales_ptr + rows * 0, mask"),
-    "bias scaled too": (
-        "out = times_rows(w, y, scales) + bias\n",
-        "out = (times_rows(w, y, scales) + bias) * scales\n",
-    ),
-}
-KERNELS = {
-    "queries' scale on keys": ("scales_ptr = k_scales_ptr", "scales_ptr = q_scales_ptr"),
-    "keys' scale on values": ("scales_ptr = v_scales_ptr", "scales_ptr = k_scales_ptr"),
-    "out's scale on down": ("scales[5], x,", "scales[3], x,"),
-    "no head scale": ("weights.head_scale, logits", "None, logits"),
+MUTANTS = {
+    "no scale": ("_token", "y[None, :], 1) * scales", "y[None, :], 1)"),
+    "scale of the row before": ("_token", "scales_ptr + rows, mask", "scales_ptr + tl.maximum(rows - 1, 0), mask"),
+    "scale of the first row": ("_token", "scales_ptr + rows, mask", "scales_ptr + rows * 0, mask"),
+    "bias scaled too": ("decode_token", "scales) + bias\n", "scales) + bias * scales\n"),
+    "queries' scale on keys": ("decode_token", "= wk_ptr, bk_ptr, k_scales_ptr", "= wk_ptr, bk_ptr, q_scales_ptr"),
+    "keys' scale on values": ("decode_token", "= wv_ptr, bv_ptr, v_scales_ptr", "= wv_ptr, bv_ptr, k_scales_ptr"),
+    "out's scale on down": ("decode_token", "scales[5], x,", "scales[3], x,"),
+    "no head scale": ("decode_token", "weights.head_scale, logits", "None, logits"),
 }
 
 
-@pytest.mark.parametrize("name", [*PHASES, *KERNELS])
+@pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name, device):
-    if name in PHASES:
-        phases = mutant("_token", *PHASES[name])
-        broken = mutant("decode_token", "from ._token import", f"from {phases.__name__} import")
-    else:
-        broken = mutant("decode_token", *KERNELS[name])
+    source, *change = MUTANTS[name]
+    broken = mutant(source, *change)
+    if source == "_token":
+        broken = mutant("decode_token", "from ._token import", f"from {broken.__name__} import")
     model = int8_model({"context_length": 16, "n_layers": 1, "emb_dim": 24, "n_heads": 2}, device=device)
     with pytest.raises(AssertionError):
         compare(interpretable(broken), model, [[3] * 4], 16)
