@@ -31,9 +31,9 @@ from fastgpt.inference.sampling import Sampler, draw_fused
 from fastgpt.plan import Plan
 
 # How the fused kernels of a token are launched, five a layer: "plain", one after the other; "dependent", each starting while the
-# one before runs out. Predicted, not measured: it takes launches and much of the waiting off a token, so that it is the design
-# wherever GPUs have it (sm90 and later).
-DESIGNS = ("plain", "dependent")
+# one before runs out; "ahead", that, and L2 fetching the weights of later ones. Predicted, not measured: dependent launches take
+# much of the waiting off a token, so that they are the design wherever GPUs have them (sm90 and later).
+DESIGNS = ("plain", "dependent", "ahead")
 
 # Positions of a cache come in multiples of this, so that calls of nearby lengths share an engine and its graph.
 CAPACITY_STEP = 256
@@ -90,8 +90,9 @@ class Engine:
         self._buffers = kernels.token_buffers(weights, B, config.n_heads, cache.max_length, config.vocab_size)
         state = self.tokens, self.positions, weights
         rest = cache.keys, cache.values, self._buffers, config.activation, config.norm_eps
-        pdl = ops.dependent_launches(self.device) if self.design is None else self.design == "dependent"
-        return lambda: kernels.decode_token(*state, *rest, pdl=pdl)
+        pdl = ops.dependent_launches(self.device) if self.design is None else self.design != "plain"
+        ahead = kernels.plan_ahead(weights) if self.design == "ahead" else None
+        return lambda: kernels.decode_token(*state, *rest, pdl=pdl, ahead=ahead)
 
     @property
     def room(self) -> int:

@@ -75,10 +75,9 @@ KINDS: dict[str, Kind] = {
     "_attention_fwd_kernel": Kind(_attention_flops(2)),
     "_attention_bwd_kernel": Kind(_attention_flops(5)),
     "_attention_statistics_kernel": STREAM,
-    "_decode_split_kernel": STREAM,
+    "_decode_split_kernel": Kind(weights=False),  # the cache, to which the kernel before may have just added
     "_decode_combine_kernel": STREAM,
     "_token_qkv_kernel": _streaming("C"),
-    "_token_attend_kernel": Kind(weights=False),  # the cache, to which the kernel before has just added
     "_token_matrix_kernel": _streaming("K"),
     "_sample_filter_kernel": STREAM,
     "_sample_draw_kernel": STREAM,
@@ -287,9 +286,9 @@ def decode_token_cases(scope: Scope) -> Iterator[Case]:
     from . import decode_token as ops
 
     def run(dtype: torch.dtype, width: int, heads: int, batch: int, how: str) -> None:
-        if how.startswith("pdl") and arch(torch.device("meta")) < 90:
+        dependent = arch(torch.device("meta")) >= 90  # the design of an engine there
+        if how.startswith(("plain", "ahead")) and not dependent:
             return
-
         int8 = how.endswith("int8")
 
         def matrix(n: int, k: int) -> tuple[Tensor, Tensor]:
@@ -307,12 +306,15 @@ def decode_token_cases(scope: Scope) -> Iterator[Case]:
         keys, values = (meta(2, batch, heads, 1024, width // heads, dtype=dtype) for _ in range(2))
         tokens, positions = meta(batch, dtype=torch.int64), meta(batch, dtype=torch.int32)
         buffers = ops.token_buffers(weights, batch, heads, 1024, VOCABULARY)
-        ops.decode_token(tokens, positions, weights, keys, values, buffers, pdl=how.startswith("pdl"))
+        ahead = ops.plan_ahead(weights) if how.startswith("ahead") else None
+        ops.decode_token(
+            tokens, positions, weights, keys, values, buffers, pdl=dependent and how != "plain", ahead=ahead
+        )
 
     for name, dtype, width, variants in scope.over(scope.widths):
-        ways = [("", 8), ("pdl", 1), ("int8", 8), *([("", 1), ("pdl", 8)] if variants else [])]
+        ways = [("", batch) for batch in (1, 2, 4, 8)]
         if variants:
-            ways += [("int8", 1), ("pdl int8", 1)]
+            ways += [(how, batch) for how in ("plain", "ahead", "int8") for batch in (1, 8)]
         for how, batch in ways:
             label = f"{name} C={width} B={batch} {how}".strip()
             yield Case("decode_token", label, partial(run, dtype, width, WIDTHS[width], batch, how))
