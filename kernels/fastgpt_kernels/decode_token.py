@@ -338,8 +338,8 @@ def decode_token(
     """Logits fp32 [B, V] of one new token a row, in `buffers.logits`; its keys and values join the cache, positions += 1.
 
     tokens int64 [B]; positions int32 [B], each under the capacity S of keys and values [L, B, H, S, D] (the caller's care:
-    they are on the device). No gradient. pdl: programmatic dependent launch, sm90 and later. ahead: of `plan_ahead`, valid until a
-    weight is replaced.
+    they are on the device). No gradient. pdl: programmatic dependent launch, sm90 and later. ahead: of `plan_ahead`, valid until
+    a weight is replaced.
     """
     check_token(tokens, positions, weights, keys, values)
     (_, B, H, _, D), C, layers = keys.shape, weights.norm.shape[0], weights.layers

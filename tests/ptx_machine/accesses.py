@@ -10,7 +10,7 @@ import numpy as np
 
 from . import boxes
 from .floats import bf16, from_bf16
-from .operands import DTYPES, Operands
+from .operands import DTYPES, PARAMETER_BYTES, Operands
 from .parse import SIZES, Address, Instruction, PtxError, Reg, Vector
 
 
@@ -40,6 +40,8 @@ class Accesses(Operands):
         targets = [None if t is None else self.target(t, type_) for t in to]
         dtype, size = DTYPES[type_], SIZES[type_] * len(to)
         where = ins.operands[1]
+        if space == "param" and isinstance(where.base, Reg):
+            return self.chosen_parameter(self.address(where, "u64"), targets, dtype)
         if space == "param":
             values = np.zeros(len(to), dtype)
             self.b.parameters.append((values, where.base.name, where.offset))
@@ -68,6 +70,22 @@ class Accesses(Operands):
                         to[...] = raw[:, i]
                     else:
                         to[lanes] = raw[:, i]
+
+        return (lambda: load(None)), (lambda mask: load(np.flatnonzero(mask)))
+
+    def chosen_parameter(self, address, targets, dtype):
+        """A load of whichever parameter each lane has the address of."""
+        b = self.b
+
+        def load(lanes):
+            at = address() if lanes is None else address()[lanes]
+            for one in np.unique(at):
+                name = b.kernel.params[int(one) // PARAMETER_BYTES - 1].name
+                offset = int(one) % PARAMETER_BYTES
+                values = np.frombuffer(b.launch.parameters[name], dtype, len(targets), offset)
+                here = np.flatnonzero(at == one) if lanes is None else lanes[at == one]
+                for target, value in zip(targets, values, strict=True):
+                    target[here] = value
 
         return (lambda: load(None)), (lambda mask: load(np.flatnonzero(mask)))
 

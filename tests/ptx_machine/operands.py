@@ -20,6 +20,9 @@ DTYPES = {name: np.dtype(f"u{size}") for name, size in SIZES.items() if size <= 
 DTYPES |= {f"s{8 * size}": np.dtype(f"i{size}") for size in (1, 2, 4, 8)}
 DTYPES |= {f"f{8 * size}": np.dtype(f"f{size}") for size in (2, 4, 8)} | {"pred": np.dtype(bool)}
 
+# Parameters whose address is taken lie this far apart, from here on.
+PARAMETER_BYTES = 4096
+
 
 @dataclasses.dataclass
 class Step:
@@ -113,6 +116,9 @@ class Operands:
             bit = np.arange(32)
             table = [sum(1 << int(i) for i in bit if compare[special[10:]](i, me)) for me in range(32)]
             return np.array(table, np.uint32)[lane % 32].astype(dtype)
+        names = [parameter.name for parameter in b.kernel.params]
+        if name in names:  # its address, in a space of its own
+            return dtype.type((names.index(name) + 1) * PARAMETER_BYTES)
         raise PtxError(f"unknown name {name}")
 
     def target(self, operand: Any, type_: str) -> np.ndarray | None:
