@@ -196,6 +196,11 @@ MUTANTS = {
     "splits unweighted": ("_token", "weights = tl.exp2(lse - ", "weights = tl.exp2(0.0 * lse - 0.0 * "),
     "weights of the first head": ("_token", "(groups // (K // H))[None, :]", "(groups // (K // H) * 0)[None, :]"),
     "token table alone": ("_token", "return x + tl.load(places_ptr", "return x + 0.0 * tl.load(places_ptr"),
+    "a split behind the length counts": (
+        "decode",
+        'tl.full([BLOCK_T], float("-inf"), ACC)',
+        "tl.zeros([BLOCK_T], ACC)",
+    ),
     "position of the row before": ("decode_token", "positions_ptr + tl.minimum(b, batch - 1)", "positions_ptr"),
     "newest key unseen": ("decode_token", "new=1", "new=0"),
     "no bias": ("decode_token", "scales) + bias, ACTIVATION)", "scales), ACTIVATION)"),
@@ -220,8 +225,8 @@ def mutated_problem(device):
 def test_mutants_are_caught(name, device):
     source, *change = MUTANTS[name]
     broken = mutant(source, *change)
-    if source == "_token":
-        broken = mutant("decode_token", "from ._token import", f"from {broken.__name__} import")
+    if source != "decode_token":
+        broken = mutant("decode_token", f"from .{source} import", f"from {broken.__name__} import")
     model, prompts = mutated_problem(device)
     with pytest.raises(AssertionError):
         compare(interpretable(broken), model, [*prompts, [9], [4] * 7, [2, 1]], 48)
