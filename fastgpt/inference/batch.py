@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastgpt.config import GPTConfig
 from fastgpt.inference.cache import KVCache
-from fastgpt.inference.engine import Engine
+from fastgpt.inference.engine import Engine, make_room
 
 # Positions of one prefill forward. The activations of a chunk are 16 * width * chunk elements, 25 MB in bf16 at GPT-2 124M,
 # and 1024 rows already fill every GEMM; a longer chunk only raises the peak.
@@ -179,8 +179,9 @@ class Source:
         find = getattr(self.model, "decode_engine", None)
         engine = "this model has none" if find is None else find(len(rows), self.capacity)
         if isinstance(engine, str):
-            self.engine, dtype = None, cache_dtype(self.model, self.device)
-            self.cache = KVCache(self.model.config, len(rows), self.capacity, dtype, self.device)
+            self.engine, config, dtype = None, self.model.config, cache_dtype(self.model, self.device)
+            make_room(config, dtype, self.device, len(rows), self.capacity)
+            self.cache = KVCache(config, len(rows), self.capacity, dtype, self.device)
         else:
             self.engine, self.cache = engine, engine.cache
         self.cached = rows

@@ -200,9 +200,8 @@ def acquire(
                 cache.reset()
                 return engine
     assert plan.token is not None
-    if plan.token.tokens.device.type == "cuda":
-        _drop_when_memory_is_out()
-        _make_room(config, plan.token.tokens, batch_size, capacity)
+    table = plan.token.tokens
+    make_room(config, table.dtype, table.device, batch_size, capacity)
     engine = Engine(config, plan, batch_size, capacity, design)
     engine.pool = free
     return engine
@@ -226,9 +225,12 @@ def forget(model: nn.Module) -> None:
         _engines.get(model, []).clear()
 
 
-def _make_room(config: GPTConfig, like: Tensor, batch_size: int, capacity: int) -> None:
-    row = 2 * config.n_layers * config.emb_dim * capacity * like.element_size()
-    device = like.device
+def make_room(config: GPTConfig, dtype: torch.dtype, device: torch.device, batch_size: int, capacity: int) -> None:
+    """Drop idle engines if a KV cache of this size needs their memory; ValueError if it doesn't fit even then."""
+    if device.type != "cuda":
+        return
+    _drop_when_memory_is_out()
+    row = 2 * config.n_layers * config.emb_dim * capacity * dtype.itemsize
     for _ in range(2):
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         available = torch.cuda.mem_get_info(device)[0] + unused

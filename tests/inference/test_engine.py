@@ -232,10 +232,11 @@ def test_too_little_memory_says_what_would_fit(model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 80 * 2**30))
     row = 2 * model.config.n_layers * 32 * 16 * 4  # bytes of keys and values
     fits = 3 * 2**20 // row
-    engines._make_room(model.config, model.tok_emb.weight, fits, 16)
+    sizes = model.config, torch.float32, torch.device("cuda")
+    engines.make_room(*sizes, fits, 16)
     assert not dropped, "idle engines go only where room is needed"
     with pytest.raises(ValueError, match=rf"{fits + 1} rows of 16 positions takes .* GB.*{fits} rows fit"):
-        engines._make_room(model.config, model.tok_emb.weight, fits + 1, 16)
+        engines.make_room(*sizes, fits + 1, 16)
     assert dropped
 
 

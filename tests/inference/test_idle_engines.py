@@ -60,7 +60,8 @@ def test_room_for_a_cache_is_made_by_any_models_engines(models, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (row * (1 if idle(models) else 3), 0))
-    engines._make_room(models[1].config, models[1].tok_emb.weight, 3, 16)
+    monkeypatch.setattr(engines, "drop_idle", lambda device, drop=engines.drop_idle: drop(models[0].device))
+    engines.make_room(models[1].config, torch.float32, torch.device("cuda"), 3, 16)
     assert idle(models) == []
 
 
