@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -253,6 +254,11 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "tanh") -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
     return _module("linear", x).linear(x, weight, bias, activation)
+
+
+def product(x: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """See fastgpt.cpu_products.product; x is on a CPU."""
+    return cpu_products.product(x) if current_backend() == "auto" else reference.linear
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
