@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from benchmarks.harness import floors, measure
 from benchmarks.harness.record import Store, machine_name, run_record
-from benchmarks.suite import selected
+from benchmarks.suite import name_of, selected
 
 # With what is running at that moment, and the report, a run on two cores is over within ten.
 CPU_MINUTES = 9.0
@@ -19,6 +20,7 @@ CPU_MINUTES = 9.0
 def pytest_addoption(parser, pluginmanager):
     group = parser.getgroup("fastgpt benchmarks")
     group.addoption("--only", action="append", default=[], metavar="NAME", help="a benchmark or group; may be repeated")
+    group.addoption("--match", default="", metavar="REGEX", help="only what it finds in BENCHMARK-CASE-PROVIDER")
     group.addoption("--out", type=Path, help="folder of the records; out/bench/<machine> by default")
     group.addoption("--quick", action="store_true", help="the first size of each benchmark, and no growth")
     group.addoption("--again", action="store_true", help="measure what is recorded already, too")
@@ -43,7 +45,9 @@ def pytest_generate_tests(metafunc):
         config = metafunc.config
         scale = measure.scale_of(config.getoption("--dry-run"))
         chosen = selected(config.getoption("--only"), scale, config.getoption("--quick"))
-        ids = ["-".join((b.name, case.label.replace(" ", ","), provider)) for b, case, provider in chosen]
+        ids = [name_of(*one) for one in chosen]
+        found = [i for i, name in enumerate(ids) if re.search(config.getoption("--match"), name)]
+        chosen, ids = [chosen[i] for i in found], [ids[i] for i in found]
         metafunc.parametrize(("measured", "case", "provider"), chosen, ids=ids)
 
 

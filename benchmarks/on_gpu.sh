@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One stage on a GPU, from a bare checkout: bash benchmarks/on_gpu.sh STAGE [--again] [--dry-run]
 #
+#   first     what a new card is asked first, in eight minutes: benchmarks/first/__main__.py, [--minutes M] [--dry-run]
 #   floors    what the card can do: bandwidth, products, launches, graph nodes, grid barriers
 #   tests     the gpu lane, then as much of the rest of the suite as there is time for
 #   kernels   every op beside its peers, and how its time grows
@@ -15,10 +16,11 @@
 set -euo pipefail
 [ -z "${OUT:-}" ] || OUT=$(realpath -m "$OUT")
 cd "$(dirname "$0")/.."
-stage=${1:?"usage: bash benchmarks/on_gpu.sh floors|tests|kernels|sweep|train|decode|profile [--again] [--dry-run]"}
+stage=${1:?"usage: bash benchmarks/on_gpu.sh first|floors|tests|kernels|sweep|train|decode|profile [--again] [--dry-run]"}
 shift
 python=${PYTHON:-python3}
 export PYTHONPATH=.:kernels PYTHONUNBUFFERED=1
+[ "$stage" != first ] || exec "$python" -m benchmarks.first ${OUT:+--out "$OUT"} "$@"
 dry= again=
 for option in "$@"; do
   case $option in

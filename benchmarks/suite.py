@@ -49,3 +49,8 @@ def selected(names: list[str], scale: str, quick: bool) -> list[tuple[Benchmark,
             cases = [case for case in cases if case.size == cases[0].size and not case.grows]
         found += [(benchmark, case, provider) for case in cases for provider in benchmark.providers]
     return found
+
+
+def name_of(benchmark: Benchmark, case: Case, provider: str) -> str:
+    """What `pytest benchmarks` calls it, and --match searches."""
+    return "-".join((benchmark.name, case.label.replace(" ", ","), provider))

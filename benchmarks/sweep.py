@@ -31,7 +31,7 @@ from unittest import mock
 import torch
 
 from benchmarks.harness.measure import OURS, Case, Wrong, device, measure, measured_row, row, scale_of
-from benchmarks.harness.op import Draw, Op
+from benchmarks.harness.op import Op, call_on_meta
 from benchmarks.harness.record import ROOT, Store, machine_name, run_record, state
 from benchmarks.ops import (
     attention,
@@ -168,36 +168,17 @@ def constants() -> dict[str, Constant]:
     return {constant.name: constant for constant in found}
 
 
-class MetaDraw(Draw):
-    """Shapes without data."""
-
-    def normal(self, *shape: int, std: float = 1.0) -> torch.Tensor:
-        return torch.empty(shape, dtype=self.dtype, device="meta")
-
-    def ids(self, limit: int, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.int64, device="meta")
-
-
 def limits(constant: Constant, case: Case, capability: int) -> list[list[str]]:
     """What each candidate breaks of the ahead-of-time rules, empty where nothing. Compiles; needs a process of its own."""
     from fastgpt_kernels import aot
 
     target, jobs, owners = aot.parse_target(f"sm{capability}"), [], []
 
-    def build() -> None:
-        tensors = constant.op.inputs(case.size, MetaDraw(case.torch_dtype))
-        leaves = [
-            t.requires_grad_(i in constant.op.gradients and case.mode != "forward") for i, t in enumerate(tensors)
-        ]
-        function = constant.op.direct or getattr(importlib.import_module("fastgpt_kernels"), constant.op.name)
-        out = function(*leaves, **constant.op.options)
-        if case.mode != "forward":
-            outputs = out if isinstance(out, tuple) else (out,)
-            torch.autograd.backward(outputs, [torch.empty_like(o) for o in outputs])
-
     for i, candidate in enumerate(constant.candidates):
         with constant.replaced(candidate):
-            collected = aot.collect([aot.Case(constant.op.name, case.label, build)], target)
+            collected = aot.collect(
+                [aot.Case(constant.op.name, case.label, lambda: call_on_meta(constant.op, case))], target
+            )
         jobs += collected.values()
         owners += [i] * len(collected)
     rows = aot.compile_all(jobs, aot.KINDS, min(os.cpu_count() or 1, 8))

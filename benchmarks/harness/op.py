@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -270,6 +271,26 @@ def kernel(name: str) -> Function:
             return getattr(ops, name)(*args, **options)
 
     return call
+
+
+class MetaDraw(Draw):
+    """Shapes without data."""
+
+    def normal(self, *shape: int, std: float = 1.0) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device="meta")
+
+    def ids(self, limit: int, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int64, device="meta")
+
+
+def call_on_meta(op: Op, case: Case) -> None:
+    """The op's kernels on tensors without data, backward too where the case has it: for whoever records launches."""
+    tensors = op.inputs(case.size, MetaDraw(case.torch_dtype))
+    backward = case.mode != "forward"
+    leaves = [t.requires_grad_(backward and i in op.gradients) for i, t in enumerate(tensors)]
+    out = (op.direct or getattr(importlib.import_module("fastgpt_kernels"), op.name))(*leaves, **op.options)
+    if backward:
+        torch.autograd.backward(_tuple(out), [torch.empty_like(o) for o in _tuple(out)])
 
 
 def interpreting() -> bool:

@@ -65,9 +65,9 @@ def run_record(command: str, timestamp: str, **more: Any) -> dict[str, Any]:
             "memory_GB": properties.total_memory / 1e9,
             "l2_MB": properties.L2_cache_size / 1e6,
             "cuda": torch.version.cuda,
-            "driver": _smi("driver_version"),
-            "power_limit_W": _smi("power.limit"),
-            "max_sm_MHz": _smi("clocks.max.sm"),
+            "driver": smi("driver_version"),
+            "power_limit_W": smi("power.limit"),
+            "max_sm_MHz": smi("clocks.max.sm"),
         }
     return record
 
@@ -76,7 +76,7 @@ def state() -> dict[str, Any] | None:
     """Clocks, power and temperature of the GPU at this moment, null where there is no nvidia-smi; of a CPU, what Linux says
     of its clocks, and how many processes want them."""
     if torch.cuda.is_available():
-        found = _smi(",".join(STATE))
+        found = smi(",".join(STATE))
         return None if found is None else dict(zip(STATE.values(), map(str.strip, found.split(",")), strict=False))
     info = Path("/proc/cpuinfo")
     clocks = re.findall(r"cpu MHz\s*: (.*)", info.read_text(encoding="utf-8")) if info.is_file() else []
@@ -115,7 +115,7 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _smi(query: str) -> str | None:
+def smi(query: str) -> str | None:
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", "--id=0"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from benchmarks.harness.floors import rate
 from benchmarks.harness.growth import growth, power
 from benchmarks.harness.measure import INT8, OURS
+from benchmarks.report.first import predictions_table
 from benchmarks.report.report import ahead_lines, left_out, load, machine, markdown, number, ratio
 
 Row = dict[str, Any]
@@ -121,6 +123,9 @@ def gpu(results: Path) -> str:
                 first = [r for r in rows if (r["benchmark"], r["case"]) == (name, cases[0])]
                 parts += ["", compared(first, name), "", overview(rows, name)]
         parts += ["", ahead(rows)]
+        if (directory / "first.json").is_file():
+            said = json.loads((directory / "first.json").read_text(encoding="utf-8"))["predictions"]
+            parts += ["", "Predictions, made before a GPU was at hand:", "", predictions_table(said)]
     return "\n".join(parts) if parts else markdown(["on a GPU", ""], [["kernels, training, decode", NOT_YET]])
 
 

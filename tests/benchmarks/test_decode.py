@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import sweep
-from benchmarks.harness import measure
+from benchmarks.harness import measure, op
 from benchmarks.harness.measure import Absent, Wrong
 from benchmarks.models import generate, providers
 from benchmarks.ops import decode_token, sampling
@@ -145,6 +145,6 @@ def test_a_constant_of_decoding_reaches_its_kernel(name):
     seen = []
     for candidate in constant.candidates[:2]:
         with constant.replaced(candidate), _launch.record(90) as launches:
-            constant.op.direct(*constant.op.inputs(case.size, sweep.MetaDraw(case.torch_dtype)), **constant.op.options)
+            op.call_on_meta(constant.op, case)
         seen.append([(launch.grid, launch.kwargs) for launch in launches])
     assert seen[0] != seen[1]

@@ -96,7 +96,13 @@ def test_readme_s_gpu_section(tmp_path):
     store.add(
         measure.row(dataclasses.replace(case, size={"model": "gpt2-xl"}), "fastgpt", "FAILED", reason="out of memory")
     )
+    said = {"what": "a training step", "low": 3, "high": 4, "unit": "ms", "then": "look at its parts"}
+    first = {"predictions": [{**said, "measured": value} for value in (None, 3.5, 6.0)]}
+    (tmp_path / "a-gpu" / "first.json").write_text(json.dumps(first))
     text = readme.gpu(tmp_path)
+    assert "| a training step | 3 to 4 |  | ms |  |" in text
+    assert "| a training step | 3 to 4 | 3.5 | ms |  |" in text
+    assert "| a training step | 3 to 4 | 6 | ms | more: look at its parts |" in text
     assert "| layer_norm | rows=4 width=8 float32 forward | 4 | 50% (memory) | torch, 0.50x (0.48 to 0.52) |" in text
     assert "| model=gpt2 batch=1 context=8 float32 | 2,000 | 5% |  | nanoGPT, 1.25x (1.25 to 1.25) |" in text
     assert "| model=gpt2 batch=2 context=8 float32 | 4,000 | 5% |  | nanoGPT, 0.75x (0.75 to 0.75) |" in text
