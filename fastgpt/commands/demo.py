@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
 # No line end behind it: GPT-2's pattern makes one token of a line end and the spaces after it, so that the model, which has seen
 # no other, would go on unindented.
-PROMPT = '''def read_lines(path, encoding="utf-8"):
-    """Return the lines of a text file, without their line ends."""'''
+PROMPT = '''class Stack:
+    """A last-in, first-out stack."""
+
+    def __init__(self):
+        self._items = []
+
+    def push(self, item):'''
 LENGTHS = (64, 256, 1024)
 NEW_TOKENS = 24
 
@@ -48,15 +53,15 @@ def run(arguments: argparse.Namespace) -> int:
         f"context {config.context_length}, trained on CPython's standard library. It runs on {device}"
         + (f" with {torch.get_num_threads()} threads." if device.type == "cpu" else ".")
     )
-    print("\n--- It continues a Python function ---\n")
+    print("\n--- It continues a Python class ---\n")
     sys.stdout.write(PROMPT)
     decoder = tokenizer.stream()
     steps = generate(
         model,
         [tokenizer.encode(PROMPT)],
         arguments.max_new_tokens,
-        temperature=0.7,
-        top_p=0.95,
+        temperature=0.5,
+        top_p=0.9,
         repetition_penalty=1.05,
         stop_tokens=() if tokenizer.end_of_text is None else (tokenizer.end_of_text,),
         generator=torch.Generator(device=device).manual_seed(arguments.seed),
