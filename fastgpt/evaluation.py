@@ -13,6 +13,7 @@ from fastgpt.inference.batch import evaluating
 from fastgpt.model import GPTModel
 from fastgpt.text.data import encode_documents
 from fastgpt.text.tokenizer import Tokenizer
+from fastgpt.transfer import uploaded
 
 WINDOWS_PER_BATCH = 8  # logits of 8 windows of 1024 and GPT-2's vocabulary are 1.6 GB in fp32
 
@@ -65,7 +66,7 @@ def evaluate(
     if not 1 <= stride <= context:
         raise ValueError(f"stride must be from 1 to the context length {context}, got {stride}")
     ids = torch.from_numpy(tokens.astype("int64"))
-    nats = 0.0
+    sums: list[torch.Tensor] = []
     with evaluating(model):
         for batch in _batches(list(_windows(len(ids), context, stride))):
             length = max(end - start for start, _, end in batch)
@@ -74,10 +75,13 @@ def evaluate(
             for row, (start, new, end) in enumerate(batch):
                 rows[row, : end - start + 1] = ids[start : end + 1]
                 counted[row, new - start : end - start] = True
-            rows, counted = rows.to(model.device), counted.to(model.device)
-            losses = F.cross_entropy(model(rows[:, :-1])[counted].float(), rows[:, 1:][counted], reduction="none")
-            nats += losses.double().sum().item()
+            # Which positions count is known here, so that nothing has to wait for the device to say how many.
+            at = uploaded(counted.flatten().nonzero()[:, 0], model.device)
+            targets = uploaded(rows[:, 1:][counted], model.device)
+            logits = model(uploaded(rows[:, :-1].contiguous(), model.device)).flatten(0, 1)[at].float()
+            sums.append(F.cross_entropy(logits, targets, reduction="none").double().sum())
             progress(batch[-1][2], len(ids) - 1)
+    nats = sum(torch.stack(sums).tolist())
     predicted = len(ids) - 1
     mean = nats / predicted
     perplexity = math.inf if mean > 700 else math.exp(mean)  # exp overflows a float at 709.8

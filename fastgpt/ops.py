@@ -119,11 +119,23 @@ def triton_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return "Triton is not installed (pip install triton; Linux only)"
     if device.type != "cuda" and device.type not in _launchable():
         return f"tensors are on {device.type}; Triton kernels need a CUDA device"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
-        return f"compute capability {torch.cuda.get_device_capability(device)} is below {_MIN_CAPABILITY}"
+    if device.type == "cuda" and _capability(device) < _MIN_CAPABILITY:
+        return f"compute capability {_capability(device)} is below {_MIN_CAPABILITY}"
     if dtype not in _TRITON_DTYPES and not (device.type != "cuda" and dtype == torch.float64):
         return f"dtype {dtype} is not one of {[str(d) for d in _TRITON_DTYPES]}"
     return None
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Asked once: torch takes 6 us to say it, and every op wants to know."""
+    if torch.compiler.is_compiling():
+        return torch.cuda.get_device_capability(device)  # a constant there
+    if device not in _capabilities:
+        _capabilities[device] = torch.cuda.get_device_capability(device)
+    return _capabilities[device]
+
+
+_capabilities: dict[torch.device, tuple[int, int]] = {}
 
 
 def _launchable() -> tuple[str, ...]:

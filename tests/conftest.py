@@ -11,7 +11,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: it is read where kernels are decorated
 
 
-collect_ignore = ["ptx_machine"]  # needs the real compiler: a process of its own, with its own pytest.ini
+collect_ignore = [
+    "ptx_machine",
+    "fake_gpu",
+]  # each a process of its own, with its own pytest.ini: neither wants the interpreter
 
 
 def pytest_addoption(parser, pluginmanager):

@@ -22,6 +22,7 @@ RANK = {
     "files": 0,
     "config": 0,
     "graphs": 0,
+    "transfer": 0,
     "reference": 0,
     "cpu_products": 1,
     "ops": 2,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastgpt.graphs import Graph
 from fastgpt.inference.sampling import ByRow, Sampler
+from fastgpt.transfer import uploaded
 
 if TYPE_CHECKING:
     from fastgpt.inference.batch import Source
@@ -61,14 +62,14 @@ class Loop:
         """Go on where the sampler is, with these rows of it in the engine's order."""
         self.draws.seed.copy_(sampler.draws.seed)
         self.draws.stops.copy_(sampler.draws.stops)
-        index = torch.tensor(list(rows), device=self.draws.seed.device)
+        index = uploaded(list(rows), self.draws.seed.device)
         for name in _ROW_STATE:
             if (theirs := getattr(sampler.draws, name)) is not None:
                 torch.index_select(theirs, 0, index, out=getattr(self.draws, name))
 
     def give(self, sampler: Sampler, rows: Sequence[int]) -> None:
         """Let the sampler go on from here."""
-        index = torch.tensor(list(rows), device=self.draws.seed.device)
+        index = uploaded(list(rows), self.draws.seed.device)
         for name in _ROW_STATE:
             if (mine := getattr(self.draws, name)) is not None:
                 getattr(sampler.draws, name).index_copy_(0, index, mine)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastgpt.config import GPTConfig
 from fastgpt.inference.cache import KVCache
 from fastgpt.inference.engine import Engine, make_room
+from fastgpt.transfer import uploaded
 
 # Positions of one prefill forward. The activations of a chunk are 16 * width * chunk elements, 25 MB in bf16 at GPT-2 124M,
 # and 1024 rows already fill every GEMM; a longer chunk only raises the peak.
@@ -72,15 +73,14 @@ def prefill(model: LanguageModel, cache: KVCache, prompts: Sequence[Sequence[int
     padded = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
-    padded = padded.to(device)
-    last = torch.tensor(lengths) - 1
+    padded, last = uploaded(padded, device), uploaded(lengths, device) - 1
     logits: Tensor | None = None
     for start in range(0, max(lengths), chunk):
         width = min(chunk, max(lengths) - start)
         ends_here = (last >= start) & (last < start + width)
-        at = (last - start).clamp(0, width - 1).to(device)
+        at = (last - start).clamp(0, width - 1)
         chunk_logits = model(padded[:, start : start + width], cache=cache, logits_at=at)[:, 0]
-        logits = chunk_logits if logits is None else torch.where(ends_here.to(device)[:, None], chunk_logits, logits)
+        logits = chunk_logits if logits is None else torch.where(ends_here[:, None], chunk_logits, logits)
     cache.truncate(lengths)
     assert logits is not None
     return logits
@@ -158,7 +158,7 @@ class Source:
             return pieces[0][1]
         out = torch.zeros(len(self.rows), pieces[0][1].shape[-1], device=self.device)
         for rows, logits in pieces:
-            at = self._at if rows is self.cached else torch.tensor(rows, device=self.device)
+            at = self._at if rows is self.cached else uploaded(rows, self.device)
             out[at] = logits.float()
         return out
 
@@ -167,7 +167,7 @@ class Source:
             logits, self.first = self.first, None
             return logits
         if newest is None:
-            newest = torch.tensor([self.rows[row][-1] for row in self.cached], device=self.device)
+            newest = uploaded([self.rows[row][-1] for row in self.cached], self.device)
         elif self._at is not None:
             newest = newest[self._at]
         if self.engine is not None:
@@ -185,7 +185,7 @@ class Source:
         else:
             self.engine, self.cache = engine, engine.cache
         self.cached = rows
-        self._at = None if len(rows) == len(self.rows) else torch.tensor(rows, device=self.device)
+        self._at = None if len(rows) == len(self.rows) else uploaded(rows, self.device)
         return self.cache
 
     def keep(self, rows: list[int]) -> None:
@@ -211,7 +211,7 @@ class Source:
             by_length.setdefault(min(len(self.rows[row]), self._crop), []).append(row)
         pieces = []
         for length, group in by_length.items():
-            idx = torch.tensor([self.rows[row][-length:] for row in group], device=self.device)
+            idx = uploaded([self.rows[row][-length:] for row in group], self.device)
             last = torch.full((len(group),), length - 1, device=self.device)
             pieces.append((group, self.model(idx, logits_at=last)[:, 0]))
         return pieces

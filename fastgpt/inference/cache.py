@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.config import GPTConfig
+from fastgpt.transfer import uploaded
 
 
 class KVCache:
@@ -84,14 +85,14 @@ class KVCache:
     def select(self, rows: Sequence[int]) -> KVCache:
         """A new cache of some of the rows, in the order given: how finished rows leave a batch."""
         other = KVCache.__new__(KVCache)
-        index = torch.tensor(list(rows), dtype=torch.int64, device=self.keys.device)
+        index = uploaded(list(rows), self.keys.device)
         other.keys, other.values = self.keys.index_select(1, index), self.values.index_select(1, index)
         other._set_lengths([self.lengths[row] for row in rows])
         return other
 
     def take(self, other: KVCache, rows: Sequence[int]) -> None:
         """Become a copy of some of another cache's rows, as many as this one has."""
-        index = torch.tensor(list(rows), dtype=torch.int64, device=self.keys.device)
+        index = uploaded(list(rows), self.keys.device)
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             mine[:, :, :, : other.longest] = theirs[:, :, :, : other.longest].index_select(1, index)
         self._set_lengths([other.lengths[row] for row in rows])
@@ -126,4 +127,9 @@ class KVCache:
 
     def _set_lengths(self, lengths: list[int]) -> None:
         self.lengths, self.longest = lengths, max(lengths)
-        self.device_lengths = torch.tensor(lengths, dtype=torch.int32).to(self.keys.device, non_blocking=True)
+        device, same = self.keys.device, len(set(lengths)) == 1  # then nothing has to be sent
+        self.device_lengths = (
+            torch.full((len(lengths),), lengths[0], dtype=torch.int32, device=device)
+            if same
+            else uploaded(lengths, device, torch.int32)
+        )

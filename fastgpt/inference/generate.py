@@ -32,6 +32,7 @@ from fastgpt.inference.arguments import Options, Prompts, check, prompt_ids, ref
 from fastgpt.inference.batch import LanguageModel, Source, activation_dtype, evaluating
 from fastgpt.inference.sampling import GREEDY, INVALID, ByRow, Sampler, SamplingParams, whole_number
 from fastgpt.inference.speculation import Lookup
+from fastgpt.transfer import uploaded
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -174,7 +175,7 @@ def generate_tensor(
     done = generate(model, idx, max_new_tokens, **options)
     longest = max((len(completion.tokens) for completion in done), default=0)
     added = [c.tokens + [c.tokens[-1] if c.tokens else 0] * (longest - len(c.tokens)) for c in done]
-    new = torch.tensor(added, dtype=torch.int64, device=idx.device).view(idx.shape[0], longest)
+    new = uploaded(added, idx.device).view(idx.shape[0], longest)
     return torch.cat((idx.long(), new), dim=1)
 
 

@@ -19,6 +19,8 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from fastgpt.transfer import uploaded
+
 _T = TypeVar("_T")
 ByRow: TypeAlias = Sequence[_T] | Mapping[int, _T]  # what is asked for by a row's number
 
@@ -190,20 +192,21 @@ class Sampler:
         B = len(prompts)
         if params.repetition_penalty != 1.0:
             self._seen = torch.zeros(B, vocab_size, dtype=torch.bool, device=device)
-            for row, prompt in enumerate(prompts):
-                self._seen[row, torch.tensor(prompt, device=device)] = True
+            places = [torch.tensor(prompt, dtype=torch.int64) + row * vocab_size for row, prompt in enumerate(prompts)]
+            self._seen.view(-1).index_fill_(0, uploaded(torch.cat(places), device), True)
         if kernels is None:
             return
         where = device if generator is None else generator.device
         seed = torch.zeros(1, dtype=torch.int64, device=device)
         if params.temperature > 0.0:
-            seed = torch.randint(2**63 - 1, (1,), generator=generator, device=where).to(device)
+            seed = torch.randint(2**63 - 1, (1,), generator=generator, device=where)
+            seed = seed if seed.device.type == device.type else uploaded(seed, device)
         stops = [*stop_tokens] + [INVALID] * (-len(stop_tokens) % kernels.STOPS)
         self.draws = kernels.Draws(
             seed=seed,
             rows=torch.arange(B, dtype=torch.int32, device=device),
             positions=torch.zeros(B, dtype=torch.int32, device=device),
-            stops=torch.tensor(stops, dtype=torch.int64, device=device),
+            stops=uploaded(stops, device),
             ended=torch.zeros(B, dtype=torch.uint8, device=device),
             tokens=torch.zeros(B, dtype=torch.int64, device=device),
             drawn=torch.zeros(kept, B, dtype=torch.int64, device=device),

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.inference.sampling import GREEDY, INVALID, ByRow, SamplingParams, sample
+from fastgpt.transfer import uploaded
 
 if TYPE_CHECKING:
     from fastgpt.inference.batch import Source
@@ -118,7 +119,7 @@ class Lookup:
             if source.engine is not None:
                 source.engine.begin()
             logits = source.logits()
-            self._choose(going, logits[torch.tensor(going, device=source.device), None], [[]] * len(going))
+            self._choose(going, logits[uploaded(going, source.device), None], [[]] * len(going))
 
     def _verify(self, proposals: dict[int, list[int]]) -> None:
         """One forward of each row's newest token and its proposals."""
@@ -129,7 +130,7 @@ class Lookup:
         width = 1 + max(map(len, proposals.values()))
         # A shorter row is padded with tokens of its own, so that no other embedding enters its keys.
         padded = [[source.rows[row][-1], *proposals[row], *source.rows[row][-1:] * width][:width] for row in rows]
-        logits = source.model(torch.tensor(padded, device=source.device), cache=source.cache)
+        logits = source.model(uploaded(padded, source.device), cache=source.cache)
         self._choose(rows, logits, [proposals[row] for row in rows])
         source.cache.truncate([len(source.rows[row]) - 1 for row in rows])  # the newest token is still to come
 

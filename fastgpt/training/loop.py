@@ -35,6 +35,7 @@ from fastgpt.training.capture import CapturedStep
 from fastgpt.training.distributed import Engine, World, whole
 from fastgpt.training.optimizer import Updater
 from fastgpt.training.settings import TrainSettings, differences, to_toml
+from fastgpt.transfer import uploaded
 
 SETTINGS = "settings.toml"
 
@@ -205,9 +206,7 @@ class Trainer:
         _check_ids(self.model.config, inputs, targets, f"step {step + 1}")
         shape = (settings.accumulate, count // settings.accumulate, self.data.context)
         batch = [inputs.view(shape), targets.view(shape), self._shares(targets.view(shape))]
-        if self.model.device.type == "cuda":
-            batch = [part.pin_memory() for part in batch]
-        batch = [part.to(self.model.device, non_blocking=True) for part in batch]
+        batch = [uploaded(part, self.model.device) for part in batch]
         self.model.train()
         if self.graph is not None:
             values = self.graph(batch)
@@ -248,7 +247,9 @@ class Trainer:
         if not self.data.separate:
             return torch.full((len(targets),), 1.0 / len(targets))
         counts = (targets != IGNORED).sum(dim=(1, 2)).float()
-        total = self.world.sum(counts.sum().to(self.world.device)).cpu()
+        total = counts.sum()
+        if self.world.size > 1:
+            total = self.world.sum(total.to(self.world.device)).cpu()
         return counts * self.world.size / total
 
     def _read(self, note: Callable[..., None]) -> bool:
@@ -281,20 +282,22 @@ class Trainer:
     def validate(self) -> float:
         """Mean loss in nats over the first validation batches, always the same ones; the ranks share them out."""
         self.model.eval()
-        count, world = self.settings.validation_batches, self.world
-        total = torch.zeros(2, dtype=torch.float64, device=self.model.device if world.size > 1 else "cpu")
+        count, world, device = self.settings.validation_batches, self.world, self.model.device
+        losses: list[Tensor] = []
+        counted: list[int] = []
         for first in range(0, count, world.size):
             index = first + world.rank
             inputs, targets = self.validation.batch(min(index, count - 1))
             _check_ids(self.model.config, inputs, targets, f"validation batch {index}")
             targets_counted = int((targets != IGNORED).sum()) if index < count else 0
             with self._autocast():
-                loss = self.engine.loss(inputs.to(self.model.device), targets.to(self.model.device))
-            total += torch.tensor([loss.item() * targets_counted, targets_counted], dtype=torch.float64).to(
-                total.device
-            )
-        nats, targets_in_all = world.sum(total).tolist()
-        return nats / targets_in_all
+                loss = self.engine.loss(uploaded(inputs, device), uploaded(targets, device))
+            losses.append(loss)
+            counted.append(targets_counted)
+        nats = sum(loss * targets for loss, targets in zip(torch.stack(losses).tolist(), counted, strict=True))
+        own = torch.tensor([nats, sum(counted)], dtype=torch.float64, device=device if world.size > 1 else "cpu")
+        total, targets_in_all = world.sum(own).tolist()
+        return total / targets_in_all
 
     def sample(self) -> str:
         """A text by the model as it is, always from the same seed; on all ranks, since FSDP needs them all."""
@@ -306,7 +309,7 @@ class Trainer:
         self.model.eval()
         with self._autocast():
             ids = self.model.generate(
-                torch.tensor([prompt], device=device),
+                torch.tensor([prompt]),
                 self.settings.sample_tokens,
                 temperature=0.8,
                 top_k=min(200, self.model.config.vocab_size),

@@ -59,11 +59,17 @@ class GPU:
             kernel[grid](*args, **kwargs)
 
     def arch(self, device: torch.device) -> int:
-        major, minor = torch.cuda.get_device_capability(device)
-        return major * 10 + minor
+        return _chip(device)[0]
 
     def sm_count(self, device: torch.device) -> int:
-        return torch.cuda.get_device_properties(device).multi_processor_count
+        return _chip(device)[1]
+
+
+@functools.cache
+def _chip(device: torch.device) -> tuple[int, int]:
+    """(architecture, multiprocessors) of a GPU; torch takes 6 us to say either, longer than some kernels run."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
 
 
 class Interpreter(GPU):

@@ -22,6 +22,7 @@ from fastgpt.inference.batch import Called
 from fastgpt.inference.generate import Request, Step
 from fastgpt.inference.sampling import GREEDY, SamplingParams, whole_number
 from fastgpt.model import GPTModel as CoreModel
+from fastgpt.transfer import uploaded
 
 
 def generate_text_simple(model: Callable[..., Tensor], idx: Tensor, max_new_tokens: int, context_size: int) -> Tensor:
@@ -158,7 +159,7 @@ def _tokens(request: Request, steps: Iterable[Step]) -> Iterator[list[int]]:
 
 def _extended(idx: Tensor, request: Request) -> Tensor:
     new = list(_tokens(request, request.steps()))
-    return torch.cat((idx, torch.tensor(new, dtype=torch.int64, device=idx.device).view(len(new), len(idx)).T), dim=1)
+    return torch.cat((idx, uploaded(new, idx.device).view(len(new), len(idx)).T), dim=1)
 
 
 def _context_of(model: nn.Module) -> int:

@@ -77,7 +77,7 @@ def calc_loss_batch(input_batch: Tensor, target_batch: Tensor, model: nn.Module,
     A GPTModel of fastgpt computes head and loss in one op that keeps no [B * T, V] logits; a wrapper, a model with hooks on it
     or any other is called for its logits.
     """
-    input_batch, target_batch = input_batch.to(device), target_batch.to(device)
+    input_batch, target_batch = input_batch.to(device, non_blocking=True), target_batch.to(device, non_blocking=True)
     if ours(model) and plain(model, type(model)):
         return model.loss(input_batch, target_batch)
     return F.cross_entropy(model(input_batch).flatten(0, 1), target_batch.flatten())
@@ -88,10 +88,9 @@ def calc_loss_loader(data_loader: Loader, model: nn.Module, device: Device, num_
     count = len(data_loader) if num_batches is None else min(num_batches, len(data_loader))
     if count == 0:
         return float("nan")
-    total = 0.0
-    for _, (inputs, targets) in zip(range(count), data_loader, strict=False):
-        total += calc_loss_batch(inputs, targets, model, device).item()
-    return total / count
+    batches = zip(range(count), data_loader, strict=False)
+    losses = [calc_loss_batch(inputs, targets, model, device).detach() for _, (inputs, targets) in batches]
+    return sum(torch.stack(losses).tolist()) / count
 
 
 def evaluate_model(

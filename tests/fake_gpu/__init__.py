@@ -1,0 +1,1 @@
+"""A pretended H100 for the host's code; see README.md."""
