@@ -215,6 +215,39 @@ def test_a_compiled_model_has_no_product_that_a_compiler_cannot_see(calls):
     assert not calls
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_bf16_rows_where_the_matrix_times_a_vector_is_faster(rows, bias, monkeypatch):
+    monkeypatch.setattr(cpu_products, "vendor", lambda: "GenuineIntel")
+    x, weight, b = torch.randn(rows, 70), torch.randn(50, 70), torch.randn(50) if bias else None
+
+    def made(linear, dtype):
+        return linear(*(t if t is None else t.to(torch.bfloat16).to(dtype) for t in (x, weight, b)))
+
+    exact, peer = made(F.linear, torch.float64), made(F.linear, torch.bfloat16)
+    assert_as_accurate_as_torch(made(ops.linear, torch.bfloat16), peer, exact)
+    with torch.no_grad():
+        assert_as_accurate_as_torch(made(ops.product(x.bfloat16()), torch.bfloat16), peer, exact)
+    leaf = weight.bfloat16().requires_grad_()
+    ops.linear(x.bfloat16(), leaf).sum().backward()
+    torch.testing.assert_close(leaf.grad.float(), x.bfloat16().float().sum(0).expand(50, 70), rtol=1e-2, atol=1e-2)
+
+
+def test_what_multiplies_a_tokens_rows_is_chosen_once(calls):
+    x, weight = torch.randn(1, 20), torch.randn(30, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(ops.product(x)(x, weight, None), F.linear(x, weight))
+        assert calls == [(1, 30, 20)]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ops.product(x)(x, weight, None).dtype == torch.bfloat16
+        with use_backend("reference"):
+            assert torch.equal(ops.product(x)(x, weight, None), F.linear(x, weight))
+    leaf = weight.clone().requires_grad_()
+    ops.product(x)(x, leaf, None).sum().backward()
+    assert leaf.grad is not None
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("fault", ["missing", "another signature", "wrong"])
 def test_an_op_that_is_missing_or_wrong_is_never_used(fault, monkeypatch):
     def broken(x, weight, bias):

@@ -412,3 +412,14 @@ def test_a_printed_model_shows_its_widths():
     text = str(tiny_model())
     for part in ("LayerNorm(32, eps=1e-05, bias=True)", "num_heads=4, head_dim=8", "in_features=32, out_features=128"):
         assert part in text
+
+
+@torch.no_grad()
+def test_a_cpus_decoder_reads_weights_of_any_strides():
+    model, idx = tiny_model(), torch.randint(101, (2, 9))
+    linear = model.trf_blocks[1].att.W_key
+    gaps = torch.empty(2 * linear.out_features, linear.in_features)[::2].copy_(linear.weight)
+    expected = model.generate(idx, 5)
+    linear.weight = torch.nn.Parameter(gaps)
+    assert not linear.weight.is_contiguous()
+    assert torch.equal(model.generate(idx, 5), expected)

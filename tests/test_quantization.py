@@ -310,7 +310,7 @@ def test_a_quantized_checkpoint_that_is_not_whole_is_refused(model, tmp_path):
 
 
 def test_bundled_model_loses_under_one_bit_in_a_thousand():
-    """On email/generator.py of the standard library, held out from its training; a fifth of the held-out files costs 0.02% more bits."""
+    """On one file held out from its training, email/generator.py; a fifth of them all costs 0.02% more bits."""
     _, held_out = standard_library()
     model, tokenizer = GPTModel.from_pretrained("bundled"), load_tokenizer(BUNDLED)
     documents = [held_out["email/generator.py"]]
