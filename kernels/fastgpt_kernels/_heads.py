@@ -12,17 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import next_power_of_2, tf32
+
 
 def ieee(dtype: torch.dtype) -> bool:
-    """Whether products are computed in full precision, rather than in 16 bits or tf32; torch is asked for fp32 alone."""
-    return dtype == torch.float64 or (dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest")
+    """Whether products are computed in full precision, rather than in 16 bits or tf32."""
+    return dtype == torch.float64 or (dtype == torch.float32 and not tf32(dtype))
 
 
 def head_constants(q: Tensor) -> dict[str, object]:
     """D, BLOCK_D, BLOCK_E and how products are computed, for kernels that take heads of q's size and dtype."""
     size = q.shape[-1]
     first = max(16, 1 << (size.bit_length() - 1))
-    second = max(16, triton.next_power_of_2(size - first)) if size > first else 0
+    second = max(16, next_power_of_2(size - first)) if size > first else 0
     return {
         "D": size,
         "BLOCK_D": first if second < first else 2 * first,

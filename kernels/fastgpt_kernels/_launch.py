@@ -171,6 +171,15 @@ def sm_count(device: torch.device) -> int:
     return _launcher.sm_count(device)
 
 
+def tf32(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype are rounded to tf32: fp32 ones where torch's setting lets cuBLAS do it.
+
+    16-bit products ask nothing. torch has three ways to set it: set_float32_matmul_precision, allow_tf32, and the newer
+    fp32_precision, after which reading either of the others may raise. This reads the newest, which follows them all.
+    """
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up. Triton's own is a `constexpr_function`, which costs 6 to 10 us a call on the host."""
     return -(-a // b)

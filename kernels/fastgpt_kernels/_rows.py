@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch
+from ._launch import cdiv, launch, next_power_of_2
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -23,17 +23,17 @@ def row_tile(width: int, itemsize: int, lane_columns: int) -> tuple[int, int, in
     """
     vector = 32 * max(16 // itemsize, 1)  # what a warp reads in one instruction
     warps = 1
-    while warps < 16 and triton.cdiv(width, warps * vector) * vector > 32 * lane_columns:
+    while warps < 16 and cdiv(width, warps * vector) * vector > 32 * lane_columns:
         warps *= 2
     num_warps = max(warps, 4)
-    chunk = min(warps * vector, triton.next_power_of_2(width))
+    chunk = min(warps * vector, next_power_of_2(width))
     return num_warps * vector // chunk, chunk, num_warps
 
 
 def column_tile(width: int, itemsize: int, num_warps: int, loads: int) -> tuple[int, int]:
     """Rows and columns of a tile for ops that don't reduce over a row: what one warp reads wide, with `loads` loads a lane."""
     vector = 32 * max(16 // itemsize, 1)
-    columns = min(vector, triton.next_power_of_2(width))
+    columns = min(vector, next_power_of_2(width))
     return loads * num_warps * vector // columns, columns
 
 
@@ -66,6 +66,6 @@ def column_sums(a: Tensor, sum_a: Tensor, b: Tensor | None = None, sum_b: Tensor
     """Partial sums a, b [P, N] -> sum_a, sum_b [N], always in the same order: the second stage of deterministic gradients."""
     P, N = a.shape
     launch(
-        _column_sums_kernel, (triton.cdiv(N, 32),),
+        _column_sums_kernel, (cdiv(N, 32),),
         a, b, sum_a, sum_b, P, N=N, BLOCK_P=128, BLOCK_N=32, num_warps=8,
     )  # fmt: skip

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._launch import check, check_device, check_float, dropout_seed, launch, register
+from ._launch import cdiv, check, check_device, check_float, dropout_seed, launch, next_power_of_2, register
 from ._math import dropout
 from ._rows import as_rows, column_tile, keep_scale
 
@@ -63,10 +63,10 @@ def dropout_add_rows(x, residual, seed, dropout_p, like):
     M, C = x.shape
     rows, columns = column_tile(C, min(x.element_size(), y.element_size()), _NUM_WARPS, _LOADS)
     launch(
-        _dropout_add_kernel, (triton.cdiv(M, rows) * triton.cdiv(C, columns),),
+        _dropout_add_kernel, (cdiv(M, rows) * cdiv(C, columns),),
         x, residual, seed, y, x.stride(0), 0 if residual is None else residual.stride(0),
         M, dropout_p, keep_scale(dropout_p),
-        C=C, ROWS=rows, COLUMNS=columns, ROW_COUNTERS=triton.next_power_of_2(C), num_warps=_NUM_WARPS,
+        C=C, ROWS=rows, COLUMNS=columns, ROW_COUNTERS=next_power_of_2(C), num_warps=_NUM_WARPS,
     )  # fmt: skip
     return y
 

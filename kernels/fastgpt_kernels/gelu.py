@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._launch import check, check_device, check_float, launch, register
+from ._launch import cdiv, check, check_device, check_float, launch, register
 from ._math import activation, activation_grad
 from ._rows import as_rows, column_sums, column_tile
 
@@ -97,7 +97,7 @@ def gelu_fwd(x, bias, activation):
     M, N = x.shape
     rows, columns = column_tile(N, x.element_size(), _NUM_WARPS, _LOADS)
     launch(
-        _gelu_fwd_kernel, (triton.cdiv(M, rows) * triton.cdiv(N, columns),),
+        _gelu_fwd_kernel, (cdiv(M, rows) * cdiv(N, columns),),
         x, bias, y, x.stride(0), M,
         N=N, ACTIVATION=activation, ROWS=rows, COLUMNS=columns, num_warps=_NUM_WARPS,
     )  # fmt: skip
@@ -121,11 +121,11 @@ def gelu_bwd(dy, x, bias, activation):
     M = x.shape[0]
     rows, columns = column_tile(N, x.element_size(), _NUM_WARPS, _LOADS)
     tiles = 1 if bias is None else _TILES
-    blocks = triton.cdiv(M, rows * tiles)
+    blocks = cdiv(M, rows * tiles)
     acc_dtype = torch.promote_types(x.dtype, torch.float32)
     partial = None if bias is None else torch.empty(blocks, N, dtype=acc_dtype, device=x.device)
     launch(
-        _gelu_bwd_kernel, (blocks * triton.cdiv(N, columns),),
+        _gelu_bwd_kernel, (blocks * cdiv(N, columns),),
         dy, x, bias, dx, partial, dy.stride(0), x.stride(0), M,
         N=N, ACTIVATION=activation, ROWS=rows, COLUMNS=columns, TILES=tiles, num_warps=_NUM_WARPS,
     )  # fmt: skip

@@ -37,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import arch, launch, register, sm_count
+from ._launch import arch, cdiv, launch, register, sm_count, tf32
 from ._math import activation as _activation
 from ._math import activation_grad
 from ._rows import column_sums
@@ -64,13 +64,9 @@ class Blocks(NamedTuple):
 UNALIGNED = Blocks(128, 64, 32, warps=8, stages=3, parts=2)  # columns off 16-byte boundaries: loaded one by one
 
 
-def _tf32(dtype: torch.dtype) -> bool:
-    return dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-
-
 def _asynchronous(capability: int, dtype: torch.dtype) -> bool:
     """wgmma or tcgen05, fed by the tensor memory accelerator. Consumer Blackwell (sm120) has mma.sync as Ampere has."""
-    return 90 <= capability < 120 and (dtype.itemsize == 2 or _tf32(dtype))
+    return 90 <= capability < 120 and (dtype.itemsize == 2 or tf32(dtype))
 
 
 def gemm_blocks(M: int, N: int, dtype: torch.dtype, capability: int, sms: int, aligned: bool, epilogue: str) -> Blocks:
@@ -81,7 +77,7 @@ def gemm_blocks(M: int, N: int, dtype: torch.dtype, capability: int, sms: int, a
     """
     if dtype == torch.float64:
         return Blocks(32, 64, 16, warps=4, stages=3, parts=2)
-    if dtype == torch.float32 and not _tf32(dtype):
+    if dtype == torch.float32 and not tf32(dtype):
         return Blocks(64, 64, 32, warps=8, stages=2)  # a step's FMAs take over 1000 clocks: one tile ahead is enough
     parts = 4 if epilogue in ("gradient", "gelu") else 2  # another tile in registers, erf's polynomial
     if dtype == torch.float32:
@@ -98,7 +94,7 @@ def gemm_blocks(M: int, N: int, dtype: torch.dtype, capability: int, sms: int, a
     else:  # 64 x 64 a warp needs the fewest reads of shared memory, and all 255 registers
         warps = 8 if capability >= 120 or (capability > 80 and epilogue == "gradient") else 4
         choices = [Blocks(128, 128, 32, warps, stages=4, parts=4), Blocks(64, 64, 64, warps=4, stages=3)]
-    return next((b for b in choices if triton.cdiv(M, b.m) * triton.cdiv(N, b.n) >= sms), choices[-1])
+    return next((b for b in choices if cdiv(M, b.m) * cdiv(N, b.n) >= sms), choices[-1])
 
 
 @triton.jit
@@ -249,7 +245,7 @@ def _gemm(
     aligned = a_transposed is not None and b_transposed is not None and _orientation(out) is False
     descriptors = aligned and _asynchronous(capability, a.dtype)
     blocks = gemm_blocks(M, N, a.dtype, capability, sms, aligned, "gradient" if gradient else activation)
-    tiles_m, tiles_n, part = triton.cdiv(M, blocks.m), triton.cdiv(N, blocks.n), blocks.n // blocks.parts
+    tiles_m, tiles_n, part = cdiv(M, blocks.m), cdiv(N, blocks.n), blocks.n // blocks.parts
     wide = torch.promote_types(a.dtype, torch.float32)
     partial = torch.empty((tiles_m, N) if sums else (0, 0), device=device, dtype=wide)
     operands: tuple[Any, ...] = (a, b, bias, pre, out)
@@ -262,7 +258,7 @@ def _gemm(
         (min(tiles_m * tiles_n, sms * blocks.programs) if descriptors else tiles_m * tiles_n,),
         *operands, partial, M, N, K, *a.stride(), *b.stride(),
         ACTIVATION=activation, HAS_BIAS=bias is not None, SAVE_PRE=pre is not None and not gradient, GRADIENT=gradient,
-        HAS_SUMS=sums, ACC=_accumulator(a.dtype), PRECISION="tf32" if _tf32(a.dtype) else "ieee",
+        HAS_SUMS=sums, ACC=_accumulator(a.dtype), PRECISION="tf32" if tf32(a.dtype) else "ieee",
         DESCRIPTORS=descriptors, A_TRANSPOSED=bool(a_transposed), B_TRANSPOSED=bool(b_transposed),
         BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_K=blocks.k, PARTS=blocks.parts, GROUP_M=GROUP_M,
         num_warps=blocks.warps, num_stages=blocks.stages, maxnreg=blocks.maxnreg,

@@ -42,7 +42,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._launch import check, check_device, check_float, launch, register, sm_count
+from ._launch import cdiv, check, check_device, check_float, launch, register, sm_count
 from ._rows import column_sums
 from .gemm import gemm_activation, gemm_gradient, through_activation
 
@@ -97,15 +97,15 @@ def activation_backward(
     """dy, pre [M, N] -> dpre [M, N], its column sums [N]; what isn't asked for (activation None: dpre) is an empty tensor."""
     M, N = dy.shape
     wide = torch.promote_types(dy.dtype, torch.float32)
-    column_programs = triton.cdiv(N, COLUMNS)
-    row_tiles = triton.cdiv(M, ROWS)
-    row_programs = min(row_tiles, triton.cdiv(PROGRAMS_PER_SM * sm_count(dy.device), column_programs))
+    column_programs = cdiv(N, COLUMNS)
+    row_tiles = cdiv(M, ROWS)
+    row_programs = min(row_tiles, cdiv(PROGRAMS_PER_SM * sm_count(dy.device), column_programs))
     dpre = torch.empty((0,) if activation is None else (M, N), device=dy.device, dtype=dy.dtype)
     partial = torch.empty((row_programs, N if wants_sums else 0), device=dy.device, dtype=wide)
     launch(
         _activation_backward_kernel,
         (row_programs, column_programs),
-        dy, pre, dpre, partial, M, N, triton.cdiv(row_tiles, max(row_programs, 1)) * ROWS, *dy.stride(),
+        dy, pre, dpre, partial, M, N, cdiv(row_tiles, max(row_programs, 1)) * ROWS, *dy.stride(),
         ACTIVATION=activation, HAS_SUMS=wants_sums, ACC=tl.float64 if wide == torch.float64 else tl.float32,
         BLOCK_M=ROWS, BLOCK_N=COLUMNS, num_warps=4,
     )  # fmt: skip

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import check, check_device, check_float, launch
+from ._launch import cdiv, check, check_device, check_float, launch, next_power_of_2
 from ._math import random_word
 
 # Columns of a step of `filter`: 8 a thread of 16 warps, whose sums over four thresholds then fit in 128 registers a thread.
@@ -248,8 +248,8 @@ def _expect(name: str, t: Tensor, dtype: torch.dtype, size: tuple[int, ...]) -> 
 def filter_logits(logits: Tensor, seen: Tensor | None, temperature, penalty, top_k, top_p, min_p) -> Tensor:
     """fp32 [B, V] in padded rows: penalised logits over the temperature, -Inf where dropped; None for what doesn't apply."""
     B, V = logits.shape
-    chunk = min(_CHUNK, max(triton.next_power_of_2(V), 128))
-    kept = torch.empty(B, triton.cdiv(V, chunk) * chunk, device=logits.device)
+    chunk = min(_CHUNK, max(next_power_of_2(V), 128))
+    kept = torch.empty(B, cdiv(V, chunk) * chunk, device=logits.device)
     launch(
         _sample_filter_kernel, (B,),
         logits, seen, kept, *logits.stride(), 0 if seen is None else seen.stride(0), kept.stride(0),
@@ -352,8 +352,8 @@ def _draw(
         logits = filter_logits(logits, seen, divisor, penalty, top_k, top_p, min_p)
         seen = penalty = divisor = None
     vector = 16 // logits.element_size() if logits.stride(1) == 1 and logits.data_ptr() % 16 == 0 else 1
-    split = min(_SPLIT, max(triton.next_power_of_2(V + vector), 128))
-    splits = triton.cdiv(V + vector, split)
+    split = min(_SPLIT, max(next_power_of_2(V + vector), 128))
+    splits = cdiv(V + vector, split)
     best, index = (torch.empty(B, splits, dtype=dtype, device=logits.device) for dtype in (torch.float32, torch.int32))
     rows = None if draws is None else draws.rows
     launch(
@@ -366,7 +366,7 @@ def _draw(
     launch(
         _sample_pick_kernel, (B,),
         best, index, tokens, splits, *place, 0 if marked is None else marked.stride(0),
-        0 if draws is None else draws.stops.shape[0], BLOCK=triton.next_power_of_2(splits), STOPS=STOPS,
+        0 if draws is None else draws.stops.shape[0], BLOCK=next_power_of_2(splits), STOPS=STOPS,
         KEPT=1 if draws is None else draws.drawn.shape[0], num_warps=1 if splits <= 256 else 4,
     )  # fmt: skip
     return tokens

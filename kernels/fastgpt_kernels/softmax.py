@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._launch import check, check_device, check_float, launch, register
+from ._launch import cdiv, check, check_device, check_float, launch, next_power_of_2, register
 from ._rows import as_rows, row_tile
 
 # fp32 scores in one lane: at 32, a warp takes rows up to 1024 wide, in about 60 registers.
@@ -224,10 +224,10 @@ def _softmax_wide_bwd_kernel(
 
 def _launch_narrow(kernel, tensors, stride, M, N, T, scale, causal):
     itemsize = tensors[0].element_size()
-    rows, chunk, num_warps = row_tile(triton.next_power_of_2(N), itemsize, _LANE_COLUMNS)
+    rows, chunk, num_warps = row_tile(next_power_of_2(N), itemsize, _LANE_COLUMNS)
     launch(
-        kernel, (triton.cdiv(M, rows),), *tensors, stride, M, N, T, scale,
-        CAUSAL=causal, ROWS=rows, CHUNK=chunk, CHUNKS=triton.next_power_of_2(triton.cdiv(N, chunk)),
+        kernel, (cdiv(M, rows),), *tensors, stride, M, N, T, scale,
+        CAUSAL=causal, ROWS=rows, CHUNK=chunk, CHUNKS=next_power_of_2(cdiv(N, chunk)),
         VECTOR=max(16 // itemsize, 1), num_warps=num_warps,
     )  # fmt: skip
 
