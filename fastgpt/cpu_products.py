@@ -40,8 +40,9 @@ OPS = ("linear", "mlp", "linear_cross_entropy", "linear_cross_entropy_with_stati
 # above, ms as they are and widened: fp32 3072 x 768, 8 rows 0.63 and 1.68, 16 rows 1.46 and 1.75, 32 rows 2.46 and 2.19;
 # bf16, 8 rows 0.63 and 1.36, 16 rows 1.46 and 0.88.
 INT8_ROWS = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 16}
-# The same of int4 weights: 3072 x 768, 32 rows 0.93 and 1.65 ms, 64 rows 1.82 and 2.05; 50257 x 768, 32 rows 19.4 and 17.3.
-INT4_ROWS = 32
+# The same of int4 weights. 3072 x 768 on one core, ms as they are and widened: fp32 64 rows 3.8 and 17.8, 128 rows 7.5 and 21.6,
+# 512 rows 28.7 and 30.7; bf16 128 rows 7.3 and 17.4, 512 rows 28.7 and 18.7; 768 x 768 in bf16, 128 rows 1.87 and 1.92.
+INT4_ROWS = 128
 
 # Outputs that a tile of int8 weights holds, and inputs at most. Wide tiles are read faster, narrow ones give every core some. One
 # row, two cores, us at 128, 256 and 512 wide: 768 x 768 42, 45, 55; 3072 x 768 110, 96, 133; 50257 x 768 1334, 1176, 1465.

@@ -123,7 +123,7 @@ def test_int8_products_on_a_cpu(rows, dtype, bias, outputs, inputs):
     assert_as_accurate_as_torch(quantized(x.requires_grad_()), peer, exact, "with gradients")
 
 
-@pytest.mark.parametrize("rows", [1, 32, 33])
+@pytest.mark.parametrize("rows", [1, cpu_products.INT4_ROWS, cpu_products.INT4_ROWS + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_int4_products_on_a_cpu(rows, dtype, bias):
@@ -136,7 +136,7 @@ def test_int4_products_on_a_cpu(rows, dtype, bias):
         return F.linear(*(t if t is None else t.to(dtype) for t in inputs))
 
     exact = product(torch.float64)
-    rounded = torch.bfloat16 if rows <= 32 and dtype != torch.float64 else dtype
+    rounded = torch.bfloat16 if rows <= cpu_products.INT4_ROWS and dtype != torch.float64 else dtype
     assert_as_accurate_as_torch(quantized(x).to(rounded), product(rounded), exact)
     assert quantized(x).dtype == dtype
     with use_backend("reference"):
