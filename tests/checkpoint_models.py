@@ -37,7 +37,10 @@ def rows(model: GPTModel) -> dict[str, Tensor]:
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-5)
+    """Within roundings of the largest value: a tied model reaches 75, and another order of sums moves it by 3e-7 of that."""
+    assert ours.shape == theirs.shape
+    error = (ours - theirs).abs().max().item()
+    assert error <= 3e-6 * theirs.abs().max().item(), error
 
 
 def hugging_face(**changes: Any) -> GPT2LMHeadModel:

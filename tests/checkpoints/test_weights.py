@@ -37,7 +37,7 @@ def test_transformers_computes_the_same_from_our_files(changes, tmp_path):
     model, info = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
-        torch.testing.assert_close(model.eval()(IDS).logits, ours(IDS), rtol=1e-5, atol=2e-5)
+        close(model.eval()(IDS).logits, ours(IDS))
     config = ours.config
     dropouts = (model.config.resid_pdrop, model.config.embd_pdrop, model.config.attn_pdrop)
     assert dropouts == tuple(
@@ -79,7 +79,7 @@ def test_we_compute_the_same_from_transformers_files(changes, tmp_path):
     reference.save_pretrained(tmp_path)
     ours = GPTModel.from_pretrained(tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(ours(IDS), reference(IDS).logits, rtol=1e-5, atol=2e-5)
+        close(ours(IDS), reference(IDS).logits)
     config, settings = ours.config, reference.config
     assert config.drop_rate == settings.resid_pdrop
     assert (config.emb_drop_rate, config.attn_drop_rate) == (settings.embd_pdrop, settings.attn_pdrop)
@@ -121,7 +121,7 @@ def test_shards_that_transformers_wrote(tmp_path):
     reference.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     with torch.no_grad():
-        torch.testing.assert_close(GPTModel.from_pretrained(tmp_path)(IDS), reference(IDS).logits, rtol=1e-5, atol=2e-5)
+        close(GPTModel.from_pretrained(tmp_path)(IDS), reference(IDS).logits)
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
@@ -137,7 +137,7 @@ def test_keys_with_and_without_prefix_and_old_mask_buffers(prefix, tmp_path):
         tensors[f"{prefix}h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
     ours = GPTModel.from_pretrained(write(tmp_path, tensors, config))
     with torch.no_grad():
-        torch.testing.assert_close(ours(IDS), reference(IDS).logits, rtol=1e-5, atol=2e-5)
+        close(ours(IDS), reference(IDS).logits)
 
 
 def test_a_tied_head_may_be_in_the_file(tmp_path, good):
@@ -184,7 +184,7 @@ def test_a_bare_gpt2_file_tells_its_sizes(tmp_path):
     (tmp_path / "config.json").unlink()
     ours = GPTModel.from_pretrained(tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(ours(IDS), reference(IDS).logits, rtol=1e-5, atol=2e-5)
+        close(ours(IDS), reference(IDS).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
