@@ -240,7 +240,7 @@ def sweep(constant: Constant, scale: str, store: Store, again: bool = False) -> 
 def _measured(constant: Constant, case: Case, swept: Case, candidate: Any, scale: str, name: str) -> dict[str, Any]:
     with constant.replaced(candidate):
         try:
-            prepared = constant.op.candidate(OURS, constant.op.function(OURS, case), case)
+            prepared = constant.op.candidate(constant.op.function(OURS, case), case)
             result = measure(prepared, None, 1 if scale == "dry" else ROUNDS)
             return {**measured_row(swept, name, prepared, None, result), "state": state()}
         except Wrong as wrong:

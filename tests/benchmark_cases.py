@@ -21,7 +21,7 @@ def op_case(entry: op.Op, mode: str = "forward") -> Case:
 
 def measured(entry: op.Op, function, mode: str = "forward") -> measure.Result:
     case = op_case(entry, mode)
-    return measure.measure(entry.candidate("peer", function, case), None, 2)
+    return measure.measure(entry.candidate(function, case), None, 2)
 
 
 def tiny_generation(generate_ids) -> Candidate:

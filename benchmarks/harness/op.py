@@ -71,9 +71,9 @@ class Op:
     """inputs(size, draw) -> the op's tensors. gradients: indices of the inputs that have one.
 
     work: mode -> (size, bytes of an element) -> Work. sizes: scale -> sizes; growth: scale -> what to vary about the first of
-    them. options: keywords of every call, of which `shown` name the case. peers: name -> case -> function. sync: providers that
-    read the device, so that no graph holds them. direct, plain: what fastgpt and plain PyTorch call where neither dispatch nor
-    fastgpt.reference has the op. check: (inputs, outputs) -> Wrong or nothing, where there is no one right result.
+    them. options: keywords of every call, of which `shown` name the case. peers: name -> case -> function. direct,
+    plain: what fastgpt and plain PyTorch call where neither dispatch nor fastgpt.reference has the op. check: (inputs, outputs)
+    -> Wrong or nothing, where there is no one right result.
     """
 
     name: str
@@ -85,7 +85,6 @@ class Op:
     options: Mapping[str, Any] = field(default_factory=dict)
     shown: tuple[str, ...] = ("activation", "causal")
     peers: Mapping[str, Callable[[Case], Function]] = field(default_factory=dict)
-    sync: frozenset[str] = frozenset()
     direct: Function | None = None
     plain: Function | None = None
     check: Callable[[Sequence[Tensor], Sequence[Tensor]], None] | None = None
@@ -110,7 +109,7 @@ class Op:
     def _prepare(self, name: str, case: Case) -> Candidate:
         if case.grows and name not in (OURS, PLAIN):
             raise Absent("growth is measured of fastgpt and plain PyTorch")
-        return self.candidate(name, self.function(name, case), case)
+        return self.candidate(self.function(name, case), case)
 
     def function(self, name: str, case: Case) -> Function:
         """What provider `name` calls."""
@@ -129,10 +128,10 @@ class Op:
     def reference(self) -> Function:
         return functools.partial(self.plain or getattr(reference, self.name), **self.options)
 
-    def candidate(self, name: str, function: Function, case: Case) -> Candidate:
+    def candidate(self, function: Function, case: Case) -> Candidate:
         problem = _problem(self, case)
         stream = None
-        if device().type == "cuda" and name not in self.sync:
+        if device().type == "cuda":
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
         # A backward pass runs where its forward did: all of it on the stream that a graph is captured from.

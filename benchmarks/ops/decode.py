@@ -51,6 +51,5 @@ DECODE = Op(
     SIZES,
     growth=GROWTH,
     peers={"SDPA": sdpa, "SDPA, masked": masked_sdpa},
-    sync=frozenset({"torch", "torch.compile"}),
 )
 OPS = (DECODE,)

@@ -126,7 +126,7 @@ def test_work_of_a_token():
 
 def test_draws_that_are_none_are_caught():
     case = dataclasses.replace(sampling.FILTERED.benchmark.cases("dry")[0], size={"B": 64, "V": 500})
-    peer = lambda function: sampling.FILTERED.candidate("peer", function, case)  # noqa: E731
+    peer = lambda function: sampling.FILTERED.candidate(function, case)  # noqa: E731
     measure.prove(peer(functools.partial(sampling.torch_sampler, **sampling.FILTERED.options)))
     for wrong, match in (
         (lambda logits, *_: logits.argmax(-1), "the most likely ones"),

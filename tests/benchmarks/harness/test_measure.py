@@ -101,9 +101,9 @@ def test_a_product_in_eight_bits_is_refused_where_sixteen_are_measured():
         return F.linear(x, weight, bias)
 
     case = dataclasses.replace(op_case(linear.PLAIN), size={"M": 64, "K": 256, "N": 64}, dtype="bfloat16")
-    measure.prove(linear.PLAIN.candidate("peer", F.linear, case))
+    measure.prove(linear.PLAIN.candidate(F.linear, case))
     with pytest.raises(Wrong):
-        measure.prove(linear.PLAIN.candidate("peer", eight, case))
+        measure.prove(linear.PLAIN.candidate(eight, case))
 
 
 def test_a_peer_that_writes_over_its_input_gets_a_copy(monkeypatch):
@@ -139,7 +139,7 @@ def test_a_provider_that_stops_working_while_timed_is_caught():
         return last[0]
 
     case = op_case(layer_norm.LAYER_NORM)
-    candidate = layer_norm.LAYER_NORM.candidate("peer", tire, case)
+    candidate = layer_norm.LAYER_NORM.candidate(tire, case)
     with pytest.raises(Wrong):
         measure.measure(candidate, None, 40)
 
