@@ -13,10 +13,10 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,7 @@ class Engine:
             raise ValueError(f"design must be None or one of {DESIGNS}, got {design!r}")
         assert plan.token is not None
         self.config, self.plan, self.design = config, plan, design
-        self.pool: list[Engine] = []  # of free ones
+        self.owner: Callable[[], nn.Module | None] = lambda: None  # whose idle engines it joins, if it is there still
         self.idle_since = 0  # counted in releases
         table = plan.token.tokens
         self.device, dtype = table.device, table.dtype
@@ -147,8 +147,9 @@ class Engine:
     def release(self) -> None:
         """Give it back for the next call of the same size, if idle engines may hold that much."""
         with _lock:
-            self.pool.append(self)
-            self.idle_since = next(_releases)
+            if (owner := self.owner()) is not None:
+                _engines.setdefault(owner, []).append(self)
+                self.idle_since = next(_releases)
         drop_idle(self.device, IDLE_BYTES)
 
     def _token(self) -> None:
@@ -178,7 +179,7 @@ class Engine:
 
 
 # Engines beside the models, not in them: a copy or a pickle of a model has none.
-_engines: WeakKeyDictionary[nn.Module, list[Engine]] = WeakKeyDictionary()
+_engines: weakref.WeakKeyDictionary[nn.Module, list[Engine]] = weakref.WeakKeyDictionary()
 _lock, _releases = threading.RLock(), itertools.count()
 
 
@@ -203,19 +204,19 @@ def acquire(
     table = plan.token.tokens
     make_room(config, table.dtype, table.device, batch_size, capacity)
     engine = Engine(config, plan, batch_size, capacity, design)
-    engine.pool = free
+    engine.owner = weakref.ref(model)
     return engine
 
 
 def drop_idle(device: torch.device, most: int = 0) -> None:
     """Drop engines that wait for a call, the longest idle first, until they hold at most `most` bytes of the device."""
     with _lock:
-        idle = [engine for free in _engines.values() for engine in free if engine.device == device]
-        held = sum(engine.cache.nbytes for engine in idle)
-        for engine in sorted(idle, key=lambda engine: engine.idle_since):
+        idle = [(engine, free) for free in _engines.values() for engine in free if engine.device == device]
+        held = sum(engine.cache.nbytes for engine, _ in idle)
+        for engine, free in sorted(idle, key=lambda pair: pair[0].idle_since):
             if held <= most:
                 return
-            engine.pool.remove(engine)
+            free.remove(engine)
             held -= engine.cache.nbytes
 
 

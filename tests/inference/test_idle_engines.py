@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from fused_token import wide_tiles
@@ -76,6 +79,18 @@ def test_a_failed_allocation_drops_the_idle_ones(models, monkeypatch):
     (observer,) = observers
     observer(3, 10**9, 80 * 10**9, 10**8)
     assert dropped == [torch.device("cuda", 3)]
+
+
+def test_an_engine_goes_with_its_model_at_once(models):
+    """No cycle keeps a GPU's memory until the collector comes by."""
+    gc.collect()
+    gc.disable()
+    try:
+        gone = weakref.ref(used(models[0], 1))
+        models.clear()
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_model_that_is_to_be_trained_gives_its_engines_up(models):
