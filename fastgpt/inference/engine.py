@@ -52,7 +52,7 @@ class Engine:
 
     Args:
         config: of the model.
-        plan: its weights, contiguous and of one dtype.
+        plan: its weights, of one dtype and device; see `obstacle`.
         batch_size: rows.
         capacity: positions of the cache.
         design: one of DESIGNS, for up to 8 rows; None is the best that the GPU has.

@@ -59,7 +59,7 @@ GENERATION = {
     "no cache": Budget(each_reads=1, each_pinned=1),
     "past the context": _CALL._replace(each_reads=1, each_pinned=1),
     "prompt lookup": _CALL._replace(each_reads=1, each_pinned=2),
-    "modules": Budget(pinned=2, each_reads=1, each_pinned=1),
+    "modules": _CALL._replace(captures=0),
 }
 
 # With a KV cache: lengths go to the device where rows get several of them.

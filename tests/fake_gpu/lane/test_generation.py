@@ -94,8 +94,8 @@ def test_under_autocast_the_modules_make_the_tokens():
     with h100():
         net = model(torch.float32)
         with watching() as seen, torch.autocast("cuda", torch.bfloat16):
-            generate(net, [[1, 2, 3]], 6)
-        GENERATION["modules"].check(seen, 6)
+            generate(net, [[1, 2, 3], [4]], 33)
+        GENERATION["modules"].check(seen, 33)
 
 
 def test_int8_weights():
@@ -105,8 +105,8 @@ def test_int8_weights():
             generate(net, [[1, 2, 3]], 20)
         GENERATION["greedy"].check(seen, 20)
         with watching() as seen:  # more rows than the fused kernels take
-            generate(net, [[1]] * 9, 4)
-        GENERATION["modules"].check(seen, 4)
+            generate(net, [[1]] * 9, 33)
+        GENERATION["modules"].check(seen, 33)
 
 
 def test_a_stream_reads_each_token():
