@@ -2,6 +2,7 @@
 #
 #   make demo    the bundled model writes text; generation with and without the KV cache
 #   make test    the whole suite: reference, Triton interpreter, ahead-of-time compiling, and on a GPU the gpu lane
+#   make test-all  the same, and every case of the executed lane instead of a sample
 #   make bench   benchmarks beside transformers and llms_from_scratch; the report is out/bench/<machine>/report/report.md
 #   make lint    ruff and mypy
 #   make docs    the API reference, out/docs/index.html; a warning is an error
@@ -12,7 +13,7 @@ BIN = $(VENV)/bin
 # Two workers suit two cores; each computes with one thread.
 WORKERS ?= 2
 
-.PHONY: demo test bench lint docs clean
+.PHONY: demo test test-all bench lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastgpt demo
@@ -21,6 +22,9 @@ test: $(VENV)/.tested
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/ptx_machine
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/fake_gpu
+
+test-all: test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/ptx_machine --all-cases
 
 bench: $(VENV)/.tested
 	$(BIN)/fastgpt bench

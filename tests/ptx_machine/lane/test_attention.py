@@ -21,15 +21,38 @@ ATTENTION = {
     "T=150 S=70 D=96 causal": {"shape": (1, 1, 150, 70, 96)},
     "1x1x1x16": {"shape": (1, 1, 1, 1, 16)},
     "1x2x140x64 causal p=0.25": {"shape": (1, 2, 140, 140, 64), "p": 0.25},
+    "1x2x140x64 of documents": {"shape": (1, 2, 140, 140, 64), "first": "documents"},
+    "T=90 S=200 D=80 of a window": {"shape": (1, 1, 90, 200, 80), "first": "window"},
     "T=70 S=90 D=80 p=0.25": {"shape": (1, 1, 70, 90, 80), "causal": False, "p": 0.25},
 }
 
 
-def attention(arch: int, precision: Precision, shape: tuple[int, ...], causal: bool = True, p: float = 0.0) -> None:
+def first_keys(kind: str | None, T: int, S: int) -> torch.Tensor | None:
+    """Documents that begin at queries 0, 33 and 100; or 40 keys for each query."""
+    if kind is None:
+        return None
+    t = torch.arange(T, dtype=torch.int32)
+    starts = 33 * (t >= 33) + 67 * (t >= 100) if kind == "documents" else (t + S - T - 39).clamp(min=0)
+    return starts.to(torch.int32)[None]
+
+
+def attention(
+    arch: int,
+    precision: Precision,
+    shape: tuple[int, ...],
+    causal: bool = True,
+    p: float = 0.0,
+    first: str | None = None,
+) -> None:
     B, H, T, S, D = shape
     inputs = [randn(B, H, n, D) for n in (T, S, S)]
     if not p:
-        compare(arch, precision, kernels.attention, lambda *t: reference.attention(*t, causal), inputs, causal=causal)
+        options = {"causal": causal, "first": first_keys(first, T, S)}
+
+        def plain(q, k, v):
+            return reference.attention(q, k, v, **options)
+
+        compare(arch, precision, kernels.attention, plain, inputs, **options)
         return
     options = {"dropout_p": p, "seed": 5}
     with precision.machine(arch):  # equal scores of values that are one at their own key: the mask itself

@@ -135,30 +135,29 @@ def mlp(arch: int, precision: Precision, rows: int, width: int, activation: str)
 
 @case("cross_entropy", "7x50257", WITHOUT_PRODUCTS, rows=7, vocabulary=50257, reduction="mean")
 @case("cross_entropy", "7x333 sum", WITHOUT_PRODUCTS, rows=7, vocabulary=333, reduction="sum")
-def cross_entropy(arch: int, precision: Precision, rows: int, vocabulary: int, reduction: str) -> None:
+@case("cross_entropy", "7x1000 smoothed", WITHOUT_PRODUCTS, rows=7, vocabulary=1000, label_smoothing=0.1, z_loss=1e-3)
+def cross_entropy(arch: int, precision: Precision, rows: int, vocabulary: int, **options) -> None:
     targets = torch.randint(vocabulary, (rows,))
     targets[::5] = -100
 
-    def plain(logits):
-        return reference.cross_entropy(logits, targets, reduction=reduction)
+    def of(module):
+        return lambda logits: module.cross_entropy(logits, targets, **options)
 
-    def ours(logits):
-        return kernels.cross_entropy(logits, targets, reduction=reduction)
-
-    compare(arch, precision, ours, plain, [randn(rows, vocabulary)])
+    compare(arch, precision, of(kernels), of(reference), [randn(rows, vocabulary)])
 
 
 @case("linear_cross_entropy", "40x64 V=1000", rows=40, width=64, vocabulary=1000)
 @case("linear_cross_entropy", "33x72 V=1001, no bias", rows=33, width=72, vocabulary=1001, bias=False)
+@case("linear_cross_entropy", "9x64 V=500 smoothed", rows=9, width=64, vocabulary=500, label_smoothing=0.1, z_loss=1e-3)
 def linear_cross_entropy(
-    arch: int, precision: Precision, rows: int, width: int, vocabulary: int, bias: bool = True
+    arch: int, precision: Precision, rows: int, width: int, vocabulary: int, bias: bool = True, **options
 ) -> None:
     targets = torch.randint(vocabulary, (rows,))
     targets[::5] = -100
     inputs = [randn(rows, width), randn(vocabulary, width, scale=width**-0.5), randn(vocabulary) if bias else None]
 
     def of(module):
-        return lambda x, weight, bias: module.linear_cross_entropy(x, weight, targets, bias)
+        return lambda x, weight, bias: module.linear_cross_entropy(x, weight, targets, bias, **options)
 
     compare(arch, precision, of(kernels), of(reference), inputs)
 
