@@ -30,12 +30,13 @@ class Kind(NamedTuple):
 
     From a launch's arguments by name, flops: None where memory bounds it; programs: planned to be on a multiprocessor at once,
     where the grid has as many. weights: whether it reads something that no kernel before it wrote, and so, launched dependently,
-    requests that before it waits for them.
+    requests that before it waits for them. waves: of loads that may follow one on another's answer; None: as many as there are.
     """
 
     flops: Callable[[Mapping[str, Any]], float] | None = None
     programs: Callable[[Mapping[str, Any]], int] = lambda arguments: 1
     weights: bool = True
+    waves: Callable[[Mapping[str, Any]], int | None] = lambda arguments: None
 
 
 def _product_flops(a: Mapping[str, Any]) -> float:
@@ -53,8 +54,11 @@ _IN_FLIGHT = 12288
 
 
 def _streaming(width: str) -> Kind:
-    """Of a kernel whose programs hold ROWS rows of W of that width."""
-    return Kind(programs=lambda a: max(round(_IN_FLIGHT / (a["ROWS"] * a[width])), 1))
+    """Of a kernel whose programs hold ROWS rows of W of that width, for one row after another of the batch."""
+    return Kind(
+        programs=lambda a: max(round(_IN_FLIGHT / (a["ROWS"] * a[width])), 1),
+        waves=lambda a: 2 if a["B"] == 1 else None,
+    )
 
 
 STREAM = Kind()
@@ -75,7 +79,10 @@ KINDS: dict[str, Kind] = {
     "_attention_fwd_kernel": Kind(_attention_flops(2)),
     "_attention_bwd_kernel": Kind(_attention_flops(5)),
     "_attention_statistics_kernel": STREAM,
-    "_decode_split_kernel": Kind(weights=False),  # the cache, to which the kernel before may have just added
+    # The cache, to which the kernel before may have just added; the keys wait for the length.
+    "_decode_split_kernel": Kind(
+        weights=False, waves=lambda a: 2 if a["BLOCK_T"] == 1 and a["first_ptr"] is None else None
+    ),
     "_decode_combine_kernel": STREAM,
     "_token_qkv_kernel": _streaming("C"),
     "_token_matrix_kernel": _streaming("K"),

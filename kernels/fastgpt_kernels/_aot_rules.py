@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ._aot_cases import STREAM, Kind
 from ._aot_races import parse, races
+from ._aot_waves import first_of, waves
 from ._launch import SM_COUNT, Launch
 
 TMA = 128  # counted as the width of a copy by the tensor memory accelerator, which fetches rows of a tile
@@ -73,6 +74,8 @@ class Row:
     occupancy: float = -1.0
     early_load: int = -1  # the widest before griddepcontrol.wait; -1 without one
     releases: bool = False  # griddepcontrol.launch_dependents is there
+    releases_first: bool = False  # ahead of every load
+    waves: int = -1  # of loads, to the first store
     products: int = -1  # asynchronous ones (wgmma) in the machine code
     races: list[str] = dataclasses.field(default_factory=list)  # of those
     floor: str = ""
@@ -99,8 +102,10 @@ def read_nvidia(row: Row, cubin: bytes, ptx: str, warps: int, chip: Chip) -> Non
     before, wait, _ = ptx.partition("griddepcontrol.wait")
     row.early_load = max(_loads(before), default=0) if wait else -1
     row.releases = "griddepcontrol.launch_dependents" in ptx
+    instructions = parse(_printed(triton.knobs.nvidia.nvdisasm.path, "-c", cubin))
+    row.waves = waves(instructions)
+    row.releases_first = first_of(instructions, "PREEXIT") < first_of(instructions, "LDG")
     if row.tensor_core == "wgmma":
-        instructions = parse(_printed(triton.knobs.nvidia.nvdisasm.path, "-c", cubin))
         row.products = sum(instruction.name == "HGMMA" for instruction in instructions)
         row.races = races(instructions)
 
@@ -186,4 +191,9 @@ def judge(
             )
         if not row.releases:
             problems.append("lets no kernel start early: no griddepcontrol.launch_dependents")
+        elif not row.releases_first:
+            problems.append("lets the next kernel start behind its first load only: PREEXIT comes after LDG")
+    most = kind.waves(arguments)
+    if most is not None and row.waves > most:
+        problems.append(f"waits for loads {row.waves} times before its first store, and {most} are planned")
     return problems

@@ -14,8 +14,9 @@ floor that the kernel is aiming at for the largest launch seen: bytes over the m
 
 The exit status is 1 if any kernel spills, takes more shared memory than there is, multiplies 16-bit matrices without tensor
 cores, streams 16-bit data mostly by loads narrower than 16 bytes, fits a multiprocessor fewer times than planned, touches what an
-asynchronous product may still read (see _aot_races.py), or, launched dependently, waits for the kernel before it without having
-requested its weights. AMD targets (--arch gfx942) are reported and never fail.
+asynchronous product may still read (see _aot_races.py), waits for loads more often than planned (see _aot_waves.py), or, launched
+dependently, lets the next kernel start behind a load of its own, or waits for the kernel before it without having requested its
+weights. AMD targets (--arch gfx942) are reported and never fail.
 """
 
 from __future__ import annotations
@@ -224,18 +225,33 @@ def compile_all(jobs: Sequence[Job], kinds: Mapping[str, Kind], processes: int) 
     return [row for _, group in sorted(rows.items()) for row in group]
 
 
-COLUMNS = ("op", "case", "kernel", "arch", "config", "regs", "spill", "shared", "tensor core", "load", "occ.", "floor")
+COLUMNS = (
+    "op",
+    "case",
+    "kernel",
+    "arch",
+    "config",
+    "regs",
+    "spill",
+    "shared",
+    "tensor core",
+    "load",
+    "waves",
+    "occ.",
+    "floor",
+)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     if row.error:
-        return row.op, row.case, row.kernel, row.arch, row.config, "", "", "", "", "", "", row.error
+        return row.op, row.case, row.kernel, row.arch, row.config, "", "", "", "", "", "", "", row.error
     load = (
         "TMA" if row.widest_load == TMA else f"{row.widest_load} B {row.wide_share:.0%}" if row.widest_load >= 0 else ""
     )
     shared = f"{row.shared}/{row.shared_limit}"
     occupancy = f"{row.occupancy:.0%}" if row.occupancy >= 0 else ""
-    figures = str(row.registers), str(row.spilled), shared, row.tensor_core, load, occupancy, row.floor
+    waves = str(row.waves) if row.waves >= 0 else ""
+    figures = str(row.registers), str(row.spilled), shared, row.tensor_core, load, waves, occupancy, row.floor
     return row.op, row.case, row.kernel, row.arch, row.config, *figures
 
 

@@ -15,6 +15,7 @@ import torch
 from fastgpt_kernels import _aot_cases, aot
 from fastgpt_kernels._aot_races import parse, races
 from fastgpt_kernels._aot_rules import Row, judge
+from fastgpt_kernels._aot_waves import waves
 from fastgpt_kernels._launch import Launch
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -129,15 +130,25 @@ def product_by_hand(a_ptr, b_ptr, c_ptr, M: tl.constexpr, N: tl.constexpr, K: tl
 @triton.jit
 def dependent(w_ptr, x_ptr, y_ptr, EARLY: tl.constexpr, WAITS: tl.constexpr, RELEASES: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
+    if RELEASES == 1:
+        gdc_launch_dependents()
     if EARLY:
         w = tl.load(w_ptr + at)
     if WAITS:
         gdc_wait()
-    if RELEASES:
+    if RELEASES == 2:
         gdc_launch_dependents()
     if not EARLY:
         w = tl.load(w_ptr + at)
     tl.store(y_ptr + at, w * tl.load(x_ptr + at))
+
+
+@triton.jit
+def chained(x_ptr, y_ptr, LINKS: tl.constexpr):
+    at = tl.load(x_ptr)
+    for _ in tl.static_range(LINKS - 1):
+        at = tl.load(x_ptr + at)
+    tl.store(y_ptr, at)
 
 
 @triton.jit
@@ -174,10 +185,13 @@ def cases(scope):
         return _aot_cases.Case("bad", label, build)
 
     for label, early, waits, releases in (
-        ("in time", 1, 1, 1), ("late", 0, 1, 1), ("no wait", 1, 0, 1), ("no release", 1, 1, 0)
+        ("in time", 1, 1, 1), ("late", 0, 1, 1), ("no wait", 1, 0, 1), ("no release", 1, 1, 0), ("late release", 1, 1, 2)
     ):
         how = {"EARLY": early, "WAITS": waits, "RELEASES": releases, "BLOCK": 1024}
         yield only(True, label, dependent, 1, x, y, x, launch_pdl=True, **how)
+    numbers = _aot_cases.meta(4096, dtype=torch.int32)
+    for links in (2, 3):
+        yield only(True, f"{links} waves", chained, 1, numbers, numbers, LINKS=links)
     yield only(True, "exempt", without_weights, 1, x, y, BLOCK=1024, launch_pdl=True)
     yield only(False, "crowded", crowded, 500, x, y, BLOCK=8192, num_warps=32)
     yield only(False, "few", crowded, 200, x, y, BLOCK=16384, num_warps=32)
@@ -196,6 +210,7 @@ def cases(scope):
 stream, product_kind = _aot_cases.STREAM, _aot_cases.Kind(lambda arguments: 1e9)
 kinds = {
     "dependent": stream, "without_weights": _aot_cases.Kind(weights=False), "crowded": _aot_cases.Kind(programs=lambda a: 3),
+    "chained": _aot_cases.Kind(waves=lambda a: 2),
     "good": stream, "narrow_loads": stream, "product": product_kind, "product_by_hand": product_kind, "wrong": stream,
 }
 sys.exit(aot.main(["--arch", "sm80", "sm86", "sm90", "--json", "report.json"], {("bad",): cases}, kinds))
@@ -229,6 +244,9 @@ def bad(tmp_path_factory):
         ("late", "sm90", "requests no weights before griddepcontrol.wait; the widest load there is 0 bytes"),
         ("no wait", "sm90", "no griddepcontrol.wait"),
         ("no release", "sm90", "no griddepcontrol.launch_dependents"),
+        ("late release", "sm90", "PREEXIT comes after LDG"),
+        ("2 waves", "sm90", None),
+        ("3 waves", "sm90", "waits for loads 3 times before its first store, and 2 are planned"),
         ("exempt", "sm90", None),
     ],
 )
@@ -331,3 +349,35 @@ def test_races_and_unread_products_fail_the_gate():
     x = torch.empty(8, device="meta")
     problems = judge(row, Launch(None, (1,), (x,), {}), {}, 90, {"kernel": _aot_cases.Kind(lambda arguments: 1.0)})
     assert problems == ["has a wgmma that was not found in its machine code, and so not looked at for races", "a race"]
+
+
+# Two loads on their way at once, a branch to an early exit, and a load whose address the first one answers.
+LOADS = """
+        /*0010*/                   LDG.E R2, desc[UR4][R4.64] ;
+        /*0020*/                   LDG.E.128 R8, desc[UR4][R6.64] ;
+        /*0030*/                   ISETP.GE.AND P0, PT, R3, R0, PT ;
+        /*0040*/               @P0 BRA `(.L_x_1) ;
+        /*0050*/                   IMAD.WIDE R4, R2, 0x4, R6 ;
+        /*0060*/                   LDG.E R3, desc[UR4][R4.64] ;
+        /*0070*/                   STG.E desc[UR4][R6.64], R3 ;
+        /*0080*/                   LDG.E R1, desc[UR4][R6.64] ;
+        /*0090*/                   EXIT ;
+.L_x_1:
+        /*00a0*/                   STG.E desc[UR4][R6.64], RZ ;
+        /*00b0*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("at", "instead", "expected"),
+    [
+        (0x10, "LDG.E R2, desc[UR4][R4.64]", 2),
+        (0x50, "IMAD.WIDE R4, R3, 0x4, R6", 1),  # nothing of the loads is used before the store
+        (0x50, "IMAD.WIDE R4, R11, 0x4, R6", 2),  # the last of four registers
+        (0x30, "ISETP.GE.AND P0, PT, R2, R0, PT", 2),
+        (0x50, "LDG.E R5, desc[UR4][R2.64]", 3),
+    ],
+)
+def test_waves_of_loads(at, instead, expected):
+    lines = [f"/*{at:04x}*/ {instead} ;" if f"/*{at:04x}*/" in line else line for line in LOADS.splitlines()]
+    assert waves(parse("\n".join(lines))) == expected
