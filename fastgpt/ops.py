@@ -228,24 +228,30 @@ def embedding(
     dropout_p: float = 0.0,
     seed: int | None = None,
     offset: int = 0,
+    positions: Tensor | None = None,
 ) -> Tensor:
-    return _module("embedding", tok_weight).embedding(idx, tok_weight, pos_weight, dropout_p, seed, offset)
+    module = _module("embedding", tok_weight)
+    return module.embedding(idx, tok_weight, pos_weight, dropout_p, seed, offset, positions)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
-    return _module("layer_norm", x).layer_norm(x, weight, bias, eps)
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, dtype: torch.dtype | None = None
+) -> Tensor:
+    return _module("layer_norm", x).layer_norm(x, weight, bias, eps, dtype)
 
 
 def add_layer_norm(
-    x: Tensor,
+    x: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     eps: float = 1e-5,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _module("add_layer_norm", x).add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed)
+    module = _module("add_layer_norm", residual if x is None else x)
+    return module.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, dtype)
 
 
 def dropout_add(x: Tensor, residual: Tensor, dropout_p: float = 0.0, seed: int | None = None) -> Tensor:

@@ -31,33 +31,49 @@ def embedding(
     dropout_p: float = 0.0,
     seed: int | None = None,
     offset: int = 0,
+    positions: Tensor | None = None,
 ) -> Tensor:
-    """dropout(tok_weight[idx] + pos_weight[offset + t]). idx [B, T], tok_weight [V, C], pos_weight [P, C] -> [B, T, C]."""
-    positions = pos_weight[offset : offset + idx.shape[1]]
-    return _dropout(F.embedding(idx, tok_weight) + positions, dropout_p, seed)
+    """dropout(tok_weight[idx] + pos_weight[positions]). idx [B, T], tok_weight [V, C], pos_weight [P, C] -> [B, T, C].
+
+    positions: int32 or int64 [B, T]; None is offset .. offset + T - 1 in every row.
+    """
+    if positions is None:
+        place = pos_weight[offset : offset + idx.shape[1]]
+    elif offset == 0:
+        place = F.embedding(positions, pos_weight)
+    else:
+        raise ValueError(f"embedding: positions are given, so offset must be 0, got {offset}")
+    return _dropout(F.embedding(idx, tok_weight) + place, dropout_p, seed)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension; var is biased. x [..., C] -> x's shape and dtype."""
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, dtype: torch.dtype | None = None
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension; var is biased. x [..., C] -> x's shape, in `dtype`
+    or else x's."""
+    dtype = dtype or x.dtype
     if weight.dtype == x.dtype:
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
+        return F.layer_norm(x, weight.shape, weight, bias, eps).to(dtype)
     wide = torch.promote_types(x.dtype, weight.dtype)
     y = F.layer_norm(x.to(wide), weight.shape, weight.to(wide), None if bias is None else bias.to(wide), eps)
-    return y.to(x.dtype)
+    return y.to(dtype)
 
 
 def add_layer_norm(
-    x: Tensor,
+    x: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     eps: float = 1e-5,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """total = residual + dropout(x); returns (layer_norm(total), total), both [..., C] in the residual's dtype."""
-    total = dropout_add(x, residual, dropout_p, seed)
-    return layer_norm(total, weight, bias, eps), total
+    """total = residual + dropout(x); returns (layer_norm(total), total) [..., C]: total in the residual's dtype, the norm in
+    `dtype` or else that too. Where x is None total is the residual itself.
+    """
+    total = residual if x is None else dropout_add(x, residual, dropout_p, seed)
+    return layer_norm(total, weight, bias, eps, dtype), total
 
 
 def dropout_add(x: Tensor, residual: Tensor, dropout_p: float = 0.0, seed: int | None = None) -> Tensor:

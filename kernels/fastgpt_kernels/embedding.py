@@ -5,6 +5,7 @@
     dtok_weight[v] = sum of d where idx is v      dpos_weight[offset + t] = sum over b of d[b, t]
 
     idx                     [B, T]      int32 | int64; one outside 0 .. V - 1 gives a row of NaN and no gradient to any token
+    positions               [B, T]      int32 | int64, or None: then offset + t; outside 0 .. P - 1 as with idx
     tok_weight              [V, C]      fp16 | bf16 | fp32 | fp64
     pos_weight              [P, C]      any of the four
     y, dy, d                [B, T, C]   tok_weight's dtype
@@ -13,7 +14,8 @@ A program of the forward owns a tile of tokens and the columns that one warp rea
 elements is read once and written once, where torch's gather, sum and dropout take 6.5 passes (4 without dropout). A program
 of the backward owns such a tile of positions and walks over the batch, so that one reading of dy gives d and, in a fixed
 order, dpos_weight. Without dropout d is dy and isn't written. The sum over tokens of a kind is torch's own: it sorts idx and
-adds up segments, no atomics, and its floor is to read d and write [V, C], which no kernel here would lower.
+adds up segments, no atomics, and its floor is to read d and write [V, C], which no kernel here would lower. Positions that are
+given are summed in the same way.
 
 Bound by bandwidth. Bytes: 2 B T C b forward and backward for itemsize b, before torch's part.
 """
@@ -29,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from ._launch import check, check_device, check_float, dropout_seed, launch, register
 from ._math import dropout
 from ._rows import as_rows, column_tile, keep_scale
+from .dropout import dropout_add_rows
 
 _NUM_WARPS = 4
 # Loads in flight a lane: of tokens in the forward; of positions in the backward, whose loop has the next ones on their way.
@@ -36,21 +39,26 @@ _FWD_LOADS = 4
 _BWD_LOADS = 1
 
 
-@triton.jit(do_not_specialize=["M", "T", "V", "offset"])
+@triton.jit(do_not_specialize=["M", "T", "V", "P", "offset"])
 def _embedding_fwd_kernel(
-    idx_ptr, tok_ptr, pos_ptr, seed_ptr, y_ptr, stride_tok, stride_pos, M, T, V, offset, dropout_p, keep_scale,
+    idx_ptr, positions_ptr, tok_ptr, pos_ptr, seed_ptr, y_ptr, stride_tok, stride_pos, M, T, V, P, offset,
+    dropout_p, keep_scale,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_COUNTERS: tl.constexpr,
 ):  # fmt: skip
     acc_dtype: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
     PARTS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
-    positions = (tl.program_id(0) // PARTS * ROWS + tl.arange(0, ROWS)[:, None]) % T + offset
     rows = (tl.program_id(0) // PARTS).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.program_id(0) % PARTS * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     mask = (rows < M) & (cols < C)
     token = tl.load(idx_ptr + rows, mask=rows < M, other=0).to(tl.int64)
     known = (token >= 0) & (token < V)
+    if positions_ptr is not None:
+        position = tl.load(positions_ptr + rows, mask=rows < M, other=0).to(tl.int64)
+        known = known & (position >= 0) & (position < P)
+    else:
+        position = ((tl.program_id(0) // PARTS * ROWS + tl.arange(0, ROWS)[:, None]) % T + offset).to(tl.int64)
     y = tl.load(tok_ptr + token * stride_tok + cols, mask=mask & known, other=float("nan")).to(acc_dtype)
-    y += tl.load(pos_ptr + positions.to(tl.int64) * stride_pos + cols, mask=mask, other=0.0).to(acc_dtype)
+    y += tl.load(pos_ptr + position * stride_pos + cols, mask=mask & known, other=0.0).to(acc_dtype)
     if seed_ptr is not None:
         y = dropout(y, tl.load(seed_ptr), rows * ROW_COUNTERS + cols, dropout_p, keep_scale)
     tl.store(y_ptr + rows * C + cols, y, mask=mask)
@@ -79,18 +87,18 @@ def _embedding_bwd_kernel(
     tl.store(dpos_ptr + (t + offset) * C + cols, dpos, mask=mask)
 
 
-def _embedding_fwd_fake(idx, tok_weight, pos_weight, dropout_p, seed, offset):
+def _embedding_fwd_fake(idx, tok_weight, pos_weight, dropout_p, seed, offset, positions):
     return torch.empty((*idx.shape, tok_weight.shape[1]), dtype=tok_weight.dtype, device=idx.device)
 
 
 @register(
-    "_embedding_fwd(Tensor idx, Tensor tok_weight, Tensor pos_weight, float dropout_p, Tensor? seed, SymInt offset)"
-    " -> Tensor",
+    "_embedding_fwd(Tensor idx, Tensor tok_weight, Tensor pos_weight, float dropout_p, Tensor? seed, SymInt offset,"
+    " Tensor? positions) -> Tensor",
     _embedding_fwd_fake,
 )
-def embedding_fwd(idx, tok_weight, pos_weight, dropout_p, seed, offset):
-    """idx [B, T], tok_weight [V, C], pos_weight [P, C] -> y [B, T, C]."""
-    y = _embedding_fwd_fake(idx, tok_weight, pos_weight, dropout_p, seed, offset)
+def embedding_fwd(idx, tok_weight, pos_weight, dropout_p, seed, offset, positions):
+    """idx and positions [B, T], tok_weight [V, C], pos_weight [P, C] -> y [B, T, C]."""
+    y = _embedding_fwd_fake(idx, tok_weight, pos_weight, dropout_p, seed, offset, positions)
     if y.numel() == 0:
         return y
     tok_weight, pos_weight = as_rows(tok_weight), as_rows(pos_weight)
@@ -98,8 +106,9 @@ def embedding_fwd(idx, tok_weight, pos_weight, dropout_p, seed, offset):
     rows, columns = column_tile(C, y.element_size(), _NUM_WARPS, _FWD_LOADS)
     launch(
         _embedding_fwd_kernel, (triton.cdiv(M, rows) * triton.cdiv(C, columns),),
-        idx.contiguous(), tok_weight, pos_weight, seed, y, tok_weight.stride(0), pos_weight.stride(0),
-        M, idx.shape[1], V, offset, dropout_p, keep_scale(dropout_p),
+        idx.contiguous(), None if positions is None else positions.contiguous(), tok_weight, pos_weight, seed, y,
+        tok_weight.stride(0), pos_weight.stride(0),
+        M, idx.shape[1], V, pos_weight.shape[0], offset, dropout_p, keep_scale(dropout_p),
         C=C, ROWS=rows, COLUMNS=columns, ROW_COUNTERS=triton.next_power_of_2(C), num_warps=_NUM_WARPS,
     )  # fmt: skip
     return y
@@ -129,23 +138,36 @@ def embedding_bwd(dy, pos_weight, dropout_p, seed, offset):
     return outputs
 
 
+def _rows_by_index(d: Tensor, index: Tensor, rows: int) -> Tensor:
+    """[rows, C]: at i the sum of d where index is i."""
+    # torch's sum writes wherever an index points: -1 it leaves out, and what is past the table goes to a row behind it
+    return torch.ops.aten.embedding_dense_backward(d, index.clamp(-1, rows), rows + 1, -1, False)[:rows]
+
+
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, idx, tok_weight, pos_weight, dropout_p, seed, offset):
-        ctx.save_for_backward(idx, pos_weight, seed)
+    def forward(ctx, idx, tok_weight, pos_weight, dropout_p, seed, offset, positions):
+        ctx.save_for_backward(idx, pos_weight, seed, positions)
         ctx.vocabulary, ctx.dropout_p, ctx.offset = tok_weight.shape[0], dropout_p, offset
-        return embedding_fwd(idx, tok_weight, pos_weight, dropout_p, seed, offset)
+        return embedding_fwd(idx, tok_weight, pos_weight, dropout_p, seed, offset, positions)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        idx, pos_weight, seed = ctx.saved_tensors
-        d, dpos = embedding_bwd(dy, pos_weight, ctx.dropout_p, seed, ctx.offset)
-        d = dy if seed is None else d
-        # torch's sum writes wherever an index points: -1 it leaves out, and what is past the table goes to a row behind it
-        V = ctx.vocabulary
-        dtok = torch.ops.aten.embedding_dense_backward(d, idx.clamp(-1, V), V + 1, -1, False)[:V]
-        return None, dtok, dpos, None, None, None
+        idx, pos_weight, seed, positions = ctx.saved_tensors
+        if positions is None:
+            d, dpos = embedding_bwd(dy, pos_weight, ctx.dropout_p, seed, ctx.offset)
+            d = dy if seed is None else d
+            dtok = _rows_by_index(d, idx, ctx.vocabulary)
+        else:
+            d = dy if seed is None else dropout_add_rows(dy, None, seed, ctx.dropout_p, dy)
+            # what gave NaN has no gradient to either table
+            P, V = pos_weight.shape[0], ctx.vocabulary
+            known = (idx >= 0) & (idx < V) & (positions >= 0) & (positions < P)
+            dtok = _rows_by_index(d, idx.where(known, -1), V)
+            wide = d.to(torch.promote_types(d.dtype, pos_weight.dtype))
+            dpos = _rows_by_index(wide, positions.where(known, -1), P).to(pos_weight.dtype)
+        return None, dtok, dpos, None, None, None, None
 
 
 def embedding(
@@ -155,12 +177,14 @@ def embedding(
     dropout_p: float = 0.0,
     seed: int | None = None,
     offset: int = 0,
+    positions: Tensor | None = None,
 ) -> Tensor:
-    """dropout(tok_weight[idx] + pos_weight[offset : offset + T]). idx [B, T], weights [V, C] and [P, C] -> [B, T, C].
+    """dropout(tok_weight[idx] + pos_weight[positions]). idx [B, T], weights [V, C] and [P, C] -> [B, T, C].
 
-    `seed=None` draws the mask's seed from torch's generator of the device; an integer makes the call a pure function.
+    positions: int32 or int64 [B, T]; None is offset .. offset + T - 1 in every row. `seed=None` draws the mask's seed from
+    torch's generator of the device; an integer makes the call a pure function.
     """
-    check_device("embedding", idx=idx, tok_weight=tok_weight, pos_weight=pos_weight)
+    check_device("embedding", idx=idx, tok_weight=tok_weight, pos_weight=pos_weight, positions=positions)
     check_float("embedding", tok_weight=tok_weight, pos_weight=pos_weight)
     integers = (torch.int32, torch.int64)
     check(
@@ -170,11 +194,18 @@ def embedding(
     shapes = list(tok_weight.shape), list(pos_weight.shape)
     matching = tok_weight.dim() == pos_weight.dim() == 2 and tok_weight.shape[1] == pos_weight.shape[1]
     check(matching, f"embedding: tok_weight and pos_weight must be [V, C] and [P, C], got {shapes[0]} and {shapes[1]}")
-    last = offset + idx.shape[1]
-    check(
-        offset >= 0 and last <= shapes[1][0],
-        f"embedding: positions {offset} .. {last - 1} don't fit pos_weight of {shapes[1][0]} rows",
-    )
+    if positions is None:
+        last = offset + idx.shape[1]
+        check(
+            offset >= 0 and last <= shapes[1][0],
+            f"embedding: positions {offset} .. {last - 1} don't fit pos_weight of {shapes[1][0]} rows",
+        )
+    else:
+        check(
+            positions.dtype in integers and positions.shape == idx.shape,
+            f"embedding: positions must be int32 or int64 {list(idx.shape)}, got {positions.dtype} {list(positions.shape)}",
+        )
+        check(offset == 0, f"embedding: positions are given, so offset must be 0, got {offset}")
     check(0.0 <= dropout_p <= 1.0, f"embedding: dropout_p must be between 0 and 1, got {dropout_p}")
     seed_tensor = dropout_seed(idx.device, seed) if dropout_p > 0.0 else None
-    return _Embedding.apply(idx, tok_weight, pos_weight, dropout_p, seed_tensor, offset)
+    return _Embedding.apply(idx, tok_weight, pos_weight, dropout_p, seed_tensor, offset, positions)

@@ -8,7 +8,8 @@
     dresidual = dtotal'    dx = dropout's mask and scale on dtotal'    dweight = sum(dy * xhat)    dbias = sum(dy)
 
     x, dx                           [..., N]   fp16 | bf16 | fp32 | fp64      flattened to M rows of N
-    residual, total, y, dy, dtotal  [..., N]   residual's dtype; x's where there is no residual
+    residual, total, dtotal         [..., N]   residual's dtype; x's where there is no residual
+    y, dy                           [..., N]   the same, or the dtype that the call names
     weight, bias                    [N]        any of the four, each its own
     mean, rstd                      [M]        fp32 (fp64 for fp64), the dtype of all arithmetic too
 
@@ -74,15 +75,24 @@ def _layer_norm_fwd_kernel(
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
+    # All loads before the first store, behind which the compiler would keep them.
+    xs: tl.tuple = ()
+    residuals: tl.tuple = ()
+    for c in tl.static_range(0, N, CHUNK):
+        mask = (rows < M) & (c + cols < N)
+        xs = xs + (tl.load(x_ptr + rows * stride_xm + (c + cols), mask=mask, other=0.0),)
+        if residual_ptr is not None:
+            residuals = residuals + (tl.load(residual_ptr + rows * stride_rm + (c + cols), mask=mask, other=0.0),)
+
     totals: tl.tuple = ()
     partial = tl.zeros((ROWS, CHUNK), acc_dtype)
     for c in tl.static_range(0, N, CHUNK):
         mask = (rows < M) & (c + cols < N)
-        total = tl.load(x_ptr + rows * stride_xm + (c + cols), mask=mask, other=0.0).to(acc_dtype)
+        total = xs[c // CHUNK].to(acc_dtype)
         if residual_ptr is not None:
             if seed_ptr is not None:
                 total = dropout(total, seed, rows * ROW_COUNTERS + (c + cols), dropout_p, keep_scale)
-            total += tl.load(residual_ptr + rows * stride_rm + (c + cols), mask=mask, other=0.0).to(acc_dtype)
+            total += residuals[c // CHUNK].to(acc_dtype)
             # The statistics are of the rounded sum, since the backward knows no other.
             total = total.to(total_ptr.dtype.element_ty).to(acc_dtype)
             tl.store(total_ptr + rows * N + (c + cols), total, mask=mask)
@@ -180,28 +190,30 @@ def _layer_norm_bwd_kernel(
             tl.store(partial_dbias_ptr + c + out, tl.sum(dbiases[c // CHUNK], axis=0), mask=mask)
 
 
-def _layer_norm_fwd_fake(x, residual, weight, bias, eps, dropout_p, seed):
+def _layer_norm_fwd_fake(x, residual, weight, bias, eps, dropout_p, seed, dtype):
     like = x if residual is None else residual
     stats = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": x.device}
     rows = x.shape[:-1].numel()
-    y = torch.empty(x.shape, dtype=like.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=dtype or like.dtype, device=x.device)
     total = torch.empty(0 if residual is None else x.shape, dtype=like.dtype, device=x.device)
     return y, total, torch.empty(rows, **stats), torch.empty(rows, **stats)
 
 
 @register(
-    "_layer_norm_fwd(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, float dropout_p, Tensor? seed)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "_layer_norm_fwd(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, float dropout_p, Tensor? seed,"
+    " ScalarType? dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     _layer_norm_fwd_fake,
 )
-def layer_norm_fwd(x, residual, weight, bias, eps, dropout_p, seed):
+def layer_norm_fwd(x, residual, weight, bias, eps, dropout_p, seed, dtype):
     """x, residual [..., N] -> y [..., N], total [..., N] or [0], mean [M], rstd [M]."""
-    outputs = y, total, mean, rstd = _layer_norm_fwd_fake(x, residual, weight, bias, eps, dropout_p, seed)
+    outputs = y, total, mean, rstd = _layer_norm_fwd_fake(x, residual, weight, bias, eps, dropout_p, seed, dtype)
     if x.numel() == 0:
         return outputs
     x, residual = as_rows(x), None if residual is None else as_rows(residual)
     M, N = x.shape
-    itemsize = min(x.element_size(), y.element_size())
+    itemsize = min(
+        x.element_size(), (x if residual is None else residual).element_size()
+    )  # y's has no part in its bits
     rows, chunk, num_warps = row_tile(N, itemsize, _FWD_LANE_COLUMNS)
     launch(
         _layer_norm_fwd_kernel, (triton.cdiv(M, rows),),
@@ -268,8 +280,8 @@ def layer_norm_bwd(dy, dtotal, total, weight, bias, mean, rstd, dropout_p, seed,
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        y, _, mean, rstd = layer_norm_fwd(x, None, weight, bias, eps, 0.0, None)
+    def forward(ctx, x, weight, bias, eps, dtype):
+        y, _, mean, rstd = layer_norm_fwd(x, None, weight, bias, eps, 0.0, None, dtype)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         return y
 
@@ -278,17 +290,22 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         dx, _, dweight, dbias = layer_norm_bwd(dy, None, x, weight, bias, mean, rstd, 0.0, None, None)
-        return dx, dweight, None if bias is None else dbias, None
+        return dx, dweight, None if bias is None else dbias, None, None
 
 
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps, dropout_p, seed):
-        y, total, mean, rstd = layer_norm_fwd(x, residual, weight, bias, eps, dropout_p, seed)
+    def forward(ctx, x, residual, weight, bias, eps, dropout_p, seed, dtype):
+        if x is None:
+            y, _, mean, rstd = layer_norm_fwd(residual, None, weight, bias, eps, 0.0, None, dtype)
+            total = residual.view_as(residual)
+        else:
+            y, total, mean, rstd = layer_norm_fwd(x, residual, weight, bias, eps, dropout_p, seed, dtype)
         ctx.save_for_backward(total, weight, bias, mean, rstd, seed)
         ctx.dropout_p = dropout_p
         # Without dropout both addends have one gradient, unless their dtypes differ.
-        ctx.dx_dtype = x.dtype if dropout_p > 0.0 or x.dtype != residual.dtype else None
+        own = x is not None and (dropout_p > 0.0 or x.dtype != residual.dtype)
+        ctx.adds, ctx.dx_dtype = x is not None, x.dtype if own else None
         ctx.set_materialize_grads(False)
         return y, total
 
@@ -300,13 +317,19 @@ class _AddLayerNorm(torch.autograd.Function):
         dresidual, dx, dweight, dbias = layer_norm_bwd(
             dy, dtotal, total, weight, bias, mean, rstd, ctx.dropout_p, seed, ctx.dx_dtype
         )
-        dx = dresidual if ctx.dx_dtype is None else dx
-        return dx, dresidual, dweight, None if bias is None else dbias, None, None, None
+        if not ctx.adds:
+            dx = None
+        elif ctx.dx_dtype is None:
+            dx = dresidual
+        return dx, dresidual, dweight, None if bias is None else dbias, None, None, None, None
 
 
-def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> None:
+def _check(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None, residual: Tensor | None = None
+) -> None:
     check_device(op, x=x, weight=weight, bias=bias, residual=residual)
     check_float(op, x=x, weight=weight, bias=bias, residual=residual)
+    check(dtype is None or dtype.is_floating_point, f"{op}: dtype must be a floating one, got {dtype}")
     check(x.dim() > 0, f"{op}: x must have at least one dimension, got a scalar")
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None:
@@ -316,30 +339,35 @@ def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
             )
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension. x [..., C] -> x's shape and dtype."""
-    _check("layer_norm", x, weight, bias)
-    return _LayerNorm.apply(x, weight, bias, eps)
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, dtype: torch.dtype | None = None
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension. x [..., C] -> x's shape, in `dtype` or else x's."""
+    _check("layer_norm", x, weight, bias, dtype)
+    return _LayerNorm.apply(x, weight, bias, eps, dtype)
 
 
 def add_layer_norm(
-    x: Tensor,
+    x: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     eps: float = 1e-5,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """total = residual + dropout(x); returns (layer_norm(total), total), both [..., C] in the residual's dtype.
+    """total = residual + dropout(x); returns (layer_norm(total), total) [..., C]: total in the residual's dtype, the norm in
+    `dtype` or else that too.
 
-    `seed=None` draws the mask's seed from torch's generator of the device; an integer makes the call a pure function.
+    Where x is None total is the residual itself, whose two gradients the backward pass adds up. `seed=None` draws the mask's
+    seed from torch's generator of the device; an integer makes the call a pure function.
     """
-    _check("add_layer_norm", x, weight, bias, residual)
+    _check("add_layer_norm", residual if x is None else x, weight, bias, dtype, residual)
     check(
-        x.shape == residual.shape,
-        f"add_layer_norm: residual must have x's shape {list(x.shape)}, got {list(residual.shape)}",
+        x is None or x.shape == residual.shape,
+        f"add_layer_norm: residual must have x's shape {None if x is None else list(x.shape)}, got {list(residual.shape)}",
     )
     check(0.0 <= dropout_p <= 1.0, f"add_layer_norm: dropout_p must be between 0 and 1, got {dropout_p}")
-    seed_tensor = dropout_seed(x.device, seed) if dropout_p > 0.0 else None
-    return _AddLayerNorm.apply(x, residual, weight, bias, eps, dropout_p, seed_tensor)
+    seed_tensor = dropout_seed(residual.device, seed) if dropout_p > 0.0 and x is not None else None
+    return _AddLayerNorm.apply(x, residual, weight, bias, eps, dropout_p if x is not None else 0.0, seed_tensor, dtype)

@@ -60,6 +60,43 @@ def compare_with_dropout(ours, idx, weights, dy, offset=0, p=0.5):
     assert_as_accurate_as_torch(dpos, theirs[2], exact[2], "dpos_weight")
 
 
+def by_positions(positions):
+    return lambda idx, tok, pos: F.embedding(idx, tok) + F.embedding(positions, pos).to(tok.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "width"), [((1, 1), 1), ((3, 5), 7), ((2, 9), 768)], ids=str)
+def test_positions_of_each_token(shape, width, dtype, device):
+    idx, weights, dy = problem(shape, width, dtype, device)
+    positions = torch.randint(13, shape, device=device, dtype=torch.int32)
+    compare(embedding, by_positions(positions), idx, weights, dy, positions=positions)
+    options = {"dropout_p": 0.5, "seed": 5}
+    mask = embedding(idx, torch.ones_like(weights[0]), torch.zeros_like(weights[1]), **options)
+
+    def dropped(idx, *weights):
+        return by_positions(positions)(idx, *weights) * mask.to(weights[0].dtype)
+
+    compare(embedding, dropped, idx, weights, dy, positions=positions, **options)
+
+
+def test_positions_that_count_up_are_an_offset(device):
+    idx, weights, dy = problem((3, 5), 7, torch.float32, device)
+    positions = torch.arange(2, 7, device=device).expand(3, 5)
+    given, counted = run(embedding, idx, weights, dy, positions=positions), run(embedding, idx, weights, dy, offset=2)
+    assert torch.equal(given[0], counted[0])
+    torch.testing.assert_close(given, counted)
+
+
+def test_positions_outside_the_table_give_nan_and_no_gradient(device):
+    idx, weights, dy = problem((1, 4), 7, torch.float32, device)
+    positions = torch.tensor([[0, 13, -1, 2]], device=device)
+    y, dtok, dpos = run(embedding, idx, weights, dy, positions=positions)
+    assert y.isnan().all(-1).tolist() == [[False, True, True, False]]
+    assert torch.equal(dpos[[0, 2]], dy[0, [0, 3]])
+    assert not dpos[[1, *range(3, 13)]].any()
+    torch.testing.assert_close(dtok.sum(0), dy[0, [0, 3]].sum(0))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "width"), [((1, 1), 1), ((3, 5), 7), ((5, 13), 63), ((2, 9), 768)], ids=str)
 def test_embedding(shape, width, dtype, device):
@@ -126,7 +163,8 @@ def test_gradcheck(device):
 def test_opcheck(device):
     idx, (tok, pos), dy = problem((3, 5), 7, torch.float32, device)
     for p, seed in ((0.0, None), (0.5, torch.ones(1, dtype=torch.int64, device=device))):
-        torch.library.opcheck(module.embedding_fwd.op, (idx, tok, pos, p, seed, 2))
+        for positions in (None, idx):
+            torch.library.opcheck(module.embedding_fwd.op, (idx, tok, pos, p, seed, 2, positions))
         torch.library.opcheck(module.embedding_bwd.op, (dy, pos, p, seed, 2))
 
 
@@ -158,6 +196,10 @@ def test_second_backward_raises(device):
         ({"pos_weight": torch.ones(13, 7, dtype=torch.int32)}, "pos_weight must be float16"),
         ({"offset": 9}, r"positions 9 \.\. 13 don't fit pos_weight of 13 rows"),
         ({"offset": -1}, r"positions -1"),
+        (
+            {"positions": torch.zeros(3, 2, dtype=torch.int64)},
+            r"positions must be int32 or int64 \[\d+, 5\], got torch.int64",
+        ),
         ({"dropout_p": -0.1}, "dropout_p must be between 0 and 1"),
     ],
 )
@@ -189,7 +231,10 @@ def test_offsets_beyond_int32(device):
 
 @pytest.mark.parametrize(
     "mutation",
-    [("mask=rows < M, other=0).to(tl.int64)", "mask=rows < M, other=0)"), ("positions.to(tl.int64)", "positions")],
+    [
+        ("idx_ptr + rows, mask=rows < M, other=0).to(tl.int64)", "idx_ptr + rows, mask=rows < M, other=0)"),
+        ("% T + offset).to(tl.int64)", "% T + offset)"),
+    ],
 )
 def test_int32_offsets_are_caught(mutation, device):
     with pytest.raises(AssertionError):

@@ -192,6 +192,44 @@ def test_empty(shape, device):
     compare(add_layer_norm, reference.add_layer_norm, [x, x.clone(), weight, bias], grads * 2)
 
 
+@pytest.mark.parametrize("op", ["alone", "added", "beside"])
+def test_a_norm_of_another_dtype_is_the_norm_cast(op, device):
+    """As autocast casts it, forward and backward, but in the same pass."""
+    (x, weight, bias), (dy,) = problem((7, 700), torch.float32, device)
+    residual, dtotal = randn(7, 700, device=device), randn(7, 700, device=device)
+    inputs = {"alone": [x], "added": [x, residual], "beside": [residual]}[op] + [weight, bias]
+
+    def norm(*tensors, dtype=None):
+        if op == "alone":
+            return layer_norm(*tensors, dtype=dtype)
+        return add_layer_norm(*([None] if op == "beside" else []), *tensors, dtype=dtype)
+
+    def cast(*tensors):
+        outputs = norm(*tensors)
+        return outputs.half() if op == "alone" else (outputs[0].half(), outputs[1])
+
+    grads = [dy.half()] + ([] if op == "alone" else [dtotal])
+    for ours, expected in zip(run(norm, inputs, grads, dtype=torch.float16), run(cast, inputs, grads), strict=True):
+        assert ours.dtype == expected.dtype
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("used", ["both", "y", "total"])
+def test_a_norm_beside_its_input_adds_their_gradients(used, device):
+    (x, weight, bias), (dy,) = problem((5, 63), torch.float32, device)
+    grads = [dy if used != "total" else None, torch.randn_like(dy) if used != "y" else None]
+
+    def beside(op):
+        return lambda x, weight, bias: op(None, x, weight, bias)
+
+    if used == "total":
+        _, total = add_layer_norm(None, x.requires_grad_(), weight, bias)
+        (dx,) = torch.autograd.grad(total, x, grads[1])
+        assert torch.equal(dx, grads[1])
+    else:
+        compare(beside(add_layer_norm), beside(reference.add_layer_norm), [x, weight, bias], grads)
+
+
 def test_gradcheck(device):
     x, residual = torch.randn(2, 2, 5, 9, dtype=torch.float64, device=device, requires_grad=True)
     weight, bias = torch.randn(2, 9, dtype=torch.float64, device=device, requires_grad=True)
@@ -203,7 +241,10 @@ def test_gradcheck(device):
 def test_opcheck(device):
     x, weight = torch.randn(5, 9, device=device), torch.randn(9, device=device)
     seed = torch.ones(1, dtype=torch.int64, device=device)
-    forward = [(x, None, weight, weight, 1e-5, 0.0, None), (x, x, weight, None, 1e-5, 0.5, seed)]
+    forward = [
+        (x, None, weight, weight, 1e-5, 0.0, None, torch.float16),
+        (x, x, weight, None, 1e-5, 0.5, seed, None),
+    ]
     for arguments in forward:
         torch.library.opcheck(module.layer_norm_fwd.op, arguments)
     mean = torch.randn(5, device=device)
