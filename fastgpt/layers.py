@@ -6,7 +6,8 @@ Shapes: B batch, T time, C emb_dim, H heads, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,40 @@ from fastgpt.config import GPTConfig
 from fastgpt.inference.cache import KVCache
 from fastgpt.plan import BlockWeights, linear, plain
 from fastgpt.reference import int4_weights
+
+
+def documents(idx: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """(positions, first): the place of each token in its document, and the first place of its row that it sees, int32; [B, T].
+
+    Raises ValueError for `starts`, where each token's document begins in its row, of another shape or dtype than int [B, T], and
+    on a CPU where they don't ascend from 0 to at most the token's own place.
+    """
+    if starts.dtype not in (torch.int32, torch.int64) or starts.shape != idx.shape:
+        raise ValueError(
+            f"starts must be int32 or int64 of idx's shape {list(idx.shape)}, got {starts.dtype} {list(starts.shape)}"
+        )
+    positions = torch.arange(idx.shape[1], device=idx.device) - starts
+    if starts.device.type == "cpu" and not torch.compiler.is_compiling():  # a look that would make a GPU wait
+        bad = (positions < 0) | (starts < 0)
+        bad[:, 1:] |= starts.diff() < 0
+        if bool(bad.any()):
+            b, t = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"starts must ascend along a row, from 0 to the token's place, got {int(starts[b, t])} at {t}"
+            )
+    return positions, starts.to(torch.int32)
+
+
+def products_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts x to where a Linear reads it, or None where it casts nothing.
+
+    A norm that only one plain Linear reads writes it so at once: the same bits, without a pass forward and one backward. Where
+    several read, their gradients are summed in x's own dtype.
+    """
+    kind = x.device.type
+    if x.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 class LayerNorm(nn.Module):
@@ -187,15 +222,24 @@ class MultiHeadAttention(nn.Module):
         self.out_proj = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.bias)
         self.dropout = nn.Dropout(cfg.drop_rate if cfg.attn_drop_rate is None else cfg.attn_drop_rate)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, starts: list[int] | None = None) -> Tensor:
-        """x [B, T, C] -> [B, T, C]. With a cache, T positions are appended at each row's `starts` and attend to all before."""
-        q, k, v = self.project(x)
-        if cache is None or starts is None:
-            out = ops.attention(q, k, v, self.causal, dropout_p=self.dropout.p if self.training else 0.0)
+    def forward(
+        self, x: Tensor, cache: KVCache | None = None, offsets: list[int] | None = None, first: Tensor | None = None
+    ) -> Tensor:
+        """x [B, T, C] -> [B, T, C]. With a cache, T positions are appended at each row's `offsets` and attend to all before.
+
+        Without one, `first` int32 [B, T] is the first position that each sees, 0 where it is None.
+        """
+        if cache is None or offsets is None:
+            p = self.dropout.p if self.training else 0.0
+            if self.packs(x):
+                out = ops.packed_attention(self._packed(x), self.causal, dropout_p=p, first=first)
+            else:
+                out = ops.attention(*self.project(x), self.causal, dropout_p=p, first=first)
         else:
-            keys, values = cache.write(self.layer, starts, k, v)
-            uniform = len(set(starts)) == 1
-            if uniform and starts[0] == 0 and keys.dtype != k.dtype:
+            q, k, v = self.project(x)
+            keys, values = cache.write(self.layer, offsets, k, v)
+            uniform = len(set(offsets)) == 1
+            if uniform and offsets[0] == 0 and keys.dtype != k.dtype:
                 out = ops.attention(q, k, v, causal=True)  # all that there is, in its own dtype
             elif uniform and (q.shape[2] > 1 or not x.is_cuda):
                 out = ops.attention(q.to(keys.dtype), keys, values, causal=True)
@@ -209,17 +253,25 @@ class MultiHeadAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, C] -> queries, keys, values [B, H, T, D] each, as views of the projections' output."""
+        if self.packs(x):
+            q, k, v = self._packed(x).permute(2, 0, 3, 1, 4).unbind(0)
+            return q, k, v
         B, T, _ = x.shape
         linears = (self.W_query, self.W_key, self.W_value)
-        if x.is_cuda and all(plain(linear, nn.Linear) for linear in linears):
-            # One GEMM reads x once; the cat of three C x C weights is 0.1% of it at B * T = 16k.
-            weight = torch.cat([linear.weight for linear in linears])
-            bias = None if self.W_query.bias is None else torch.cat([linear.bias for linear in linears])
-            packed = ops.linear(x, weight, bias).view(B, T, 3, self.num_heads, self.head_dim)
-            q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
-            return q, k, v
         q, k, v = (linear(part, x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2) for part in linears)
         return q, k, v
+
+    def packs(self, x: Tensor) -> bool:
+        """Whether one product makes queries, keys and values: on a GPU, of three plain Linears."""
+        linears = (self.W_query, self.W_key, self.W_value)
+        return (x.is_cuda or ops.current_backend() == "triton") and all(plain(part, nn.Linear) for part in linears)
+
+    def _packed(self, x: Tensor) -> Tensor:
+        """[B, T, 3, H, D]. One GEMM reads x once; the cat of three C x C weights is 0.1% of it at B * T = 16k."""
+        linears = (self.W_query, self.W_key, self.W_value)
+        weight = torch.cat([part.weight for part in linears])
+        bias = None if self.W_query.bias is None else torch.cat([part.bias for part in linears])
+        return ops.linear(x, weight, bias).view(*x.shape[:2], 3, self.num_heads, self.head_dim)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(prefix + "mask", None)  # upstream's causal mask, a buffer that says nothing
@@ -238,12 +290,16 @@ class TransformerBlock(nn.Module):
         self.norm2 = LayerNorm(cfg.emb_dim, cfg.norm_eps, cfg.bias)
         self.drop_shortcut = nn.Dropout(cfg.drop_rate)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, starts: list[int] | None = None) -> Tensor:
-        """x [B, T, C] -> [B, T, C]"""
+    def forward(
+        self, x: Tensor, cache: KVCache | None = None, offsets: list[int] | None = None, first: Tensor | None = None
+    ) -> Tensor:
+        """x [B, T, C] -> [B, T, C]; what else there is goes to the attention."""
+        context = (cache, offsets) if first is None else (cache, offsets, first)
         if self.pre_norm:
-            y, x = self._add_norm(self.att(self.norm1(x), cache, starts), x, self.norm2)
+            y, x = self._add_norm(None, x, self.norm1, self._attentions_dtype(x))
+            y, x = self._add_norm(self.att(y, *context), x, self.norm2, self._feed_forwards_dtype(x))
             return self._add(self.ff(y), x)
-        x, _ = self._add_norm(self.att(x, cache, starts), x, self.norm1)
+        x, _ = self._add_norm(self.att(x, *context), x, self.norm1)
         x, _ = self._add_norm(self.ff(x), x, self.norm2)
         return x
 
@@ -280,12 +336,23 @@ class TransformerBlock(nn.Module):
             linears,
         )
 
-    def _add_norm(self, branch: Tensor, x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-        """(norm(total), total) with total = x + dropout(branch)."""
-        if plain(norm, LayerNorm) and plain(self.drop_shortcut, nn.Dropout):
-            p = self.drop_shortcut.p if self.training else 0.0
-            return ops.add_layer_norm(branch, x, norm.scale, norm.shift, norm.eps, p)
-        total = self._add(branch, x)
+    def _attentions_dtype(self, x: Tensor) -> torch.dtype | None:
+        att = self.att
+        return products_dtype(x) if plain(att, MultiHeadAttention) and att.packs(x) else None
+
+    def _feed_forwards_dtype(self, x: Tensor) -> torch.dtype | None:
+        ff = self.ff
+        alone = plain(ff, FeedForward) and plain(ff.layers, nn.Sequential) and plain(ff.layers[0], nn.Linear)
+        return products_dtype(x) if alone else None
+
+    def _add_norm(
+        self, branch: Tensor | None, x: Tensor, norm: nn.Module, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(norm(total), total) with total = x + dropout(branch), or x; the norm of a plain module in `dtype`, or else x's."""
+        if plain(norm, LayerNorm) and (branch is None or plain(self.drop_shortcut, nn.Dropout)):
+            p = self.drop_shortcut.p if branch is not None and self.training else 0.0
+            return ops.add_layer_norm(branch, x, norm.scale, norm.shift, norm.eps, p, dtype=dtype)
+        total = x if branch is None else self._add(branch, x)
         return norm(total), total
 
     def _add(self, branch: Tensor, x: Tensor) -> Tensor:
@@ -293,3 +360,19 @@ class TransformerBlock(nn.Module):
         if self.training and self.drop_shortcut.p > 0.0 and plain(self.drop_shortcut, nn.Dropout):
             return ops.dropout_add(branch, x, self.drop_shortcut.p)
         return x + self.drop_shortcut(branch)
+
+
+def init_gpt2(model: nn.Module, blocks: Sequence[TransformerBlock]) -> None:
+    """N(0, 0.02), zero biases, residual projections N(0, 0.02 / sqrt(2 n_layers)); draws in nanoGPT's order.
+
+    https://github.com/karpathy/nanoGPT/blob/master/model.py: every module once (a tied head draws the embedding again), then
+    the residual projections again.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    for block in blocks:
+        for projection in (block.att.out_proj, cast(nn.Linear, block.ff.layers[2])):
+            nn.init.normal_(projection.weight, mean=0.0, std=0.02 / math.sqrt(2 * len(blocks)))

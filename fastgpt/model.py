@@ -12,7 +12,6 @@ Shapes: B batch, T time, C emb_dim, V vocab_size.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
@@ -21,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastgpt import ops
+from fastgpt import layers, ops
 from fastgpt.checkpoints import weights
 from fastgpt.config import ContextLengthError, GPTConfig, TokenIdError
 from fastgpt.inference import cpu, engine
@@ -69,35 +68,30 @@ class GPTModel(nn.Module):
         if config.tie_weights:
             self.out_head.weight = self.tok_emb.weight
         if config.init == "gpt2":
-            self._init_gpt2()
+            layers.init_gpt2(self, cast("list[TransformerBlock]", self.trf_blocks))
 
-    def _init_gpt2(self) -> None:
-        """N(0, 0.02), zero biases, residual projections N(0, 0.02 / sqrt(2 n_layers)); draws in nanoGPT's order.
-
-        https://github.com/karpathy/nanoGPT/blob/master/model.py: every module once (a tied head draws the embedding again),
-        then the residual projections again.
-        """
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, mean=0.0, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        for block in cast("list[TransformerBlock]", self.trf_blocks):
-            for projection in (block.att.out_proj, cast(nn.Linear, block.ff.layers[2])):
-                nn.init.normal_(projection.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layers))
-
-    def forward(self, idx: Tensor, cache: KVCache | None = None, *, logits_at: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        idx: Tensor,
+        cache: KVCache | None = None,
+        *,
+        starts: Tensor | None = None,
+        logits_at: Tensor | None = None,
+    ) -> Tensor:
         """Logits of the next token at every position.
 
         Args:
             idx: int32 or int64 [B, T], T >= 1.
             cache: appends the T positions to it and attends to all that it holds. Without one, the T positions are all there is.
+            starts: int32 or int64 [B, T], where each token's document begins in its row. Documents don't see each other, and
+                positions count from there: each gets the logits that it has alone. Ascending along T, and on a CPU checked.
+                Not with a cache.
             logits_at: int64 [B], the one position of each row whose logits are wanted; the head runs on nothing else.
 
         Returns:
             [B, T, V], or [B, 1, V] with logits_at, in the model's dtype.
         """
-        x = self.hidden_states(idx, cache)
+        x = self.hidden_states(idx, cache, starts)
         if logits_at is not None:
             x = x[torch.arange(x.shape[0], device=x.device), logits_at].unsqueeze(1)
         return self._unpadded(linear(self.out_head, x))
@@ -105,38 +99,47 @@ class GPTModel(nn.Module):
     if TYPE_CHECKING:
         __call__ = forward
 
-    def hidden_states(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden_states(self, idx: Tensor, cache: KVCache | None = None, starts: Tensor | None = None) -> Tensor:
         """What the head reads: the final norm's output [B, T, C]. Arguments and errors as `forward`."""
         self._check(idx, cache)
         T = idx.shape[1]
+        if starts is not None:
+            if cache is not None or not self.config.causal:
+                raise ValueError("starts go with neither a cache, whose rows are one document each, nor causal=False")
+            positions, first = layers.documents(idx, starts)
+            x = self._embed(idx, positions=positions)
+            for block in self.trf_blocks:
+                x = block(x, None, None, first)
+            return self.final_norm(x)
         if cache is None:
-            return self.final_norm(self.trf_blocks(self._embed(idx, 0)))
+            return self.final_norm(self.trf_blocks(self._embed(idx)))
         if not self.config.causal:
             raise ValueError("a model with causal=False has no KV cache: every position attends to later ones too")
-        starts = cache.start(T)
-        if len(set(starts)) == 1:
-            x = self._embed(idx, starts[0])
+        offsets = cache.start(T)
+        if len(set(offsets)) == 1:
+            x = self._embed(idx, offsets[0])
         else:
-            positions = (cache.device_lengths - T)[:, None] + torch.arange(T, device=idx.device)
-            x = self.drop_emb(self.tok_emb(idx) + self.pos_emb(positions))
+            x = self._embed(idx, positions=(cache.device_lengths - T)[:, None] + torch.arange(T, device=idx.device))
         on_cpu = self.device.type == "cpu" and ops.current_backend() != "triton"
         if T == 1 and on_cpu and isinstance(plan := self._plan(), Plan):
             config = self.config
-            x = cpu.decode(x[:, 0], plan, cache, starts, config.n_heads, config.activation, config.norm_eps)[:, None]
+            x = cpu.decode(x[:, 0], plan, cache, offsets, config.n_heads, config.activation, config.norm_eps)[:, None]
         else:
             for block in self.trf_blocks:
-                x = block(x, cache, starts)
+                x = block(x, cache, offsets)
         return self.final_norm(x)
 
-    def _embed(self, idx: Tensor, offset: int) -> Tensor:
-        """dropout(tokens + positions offset .. offset + T - 1) [B, T, C]"""
+    def _embed(self, idx: Tensor, offset: int = 0, positions: Tensor | None = None) -> Tensor:
+        """dropout(tokens + positions), positions [B, T] or offset .. offset + T - 1, -> [B, T, C]"""
         tables, drop = (self.tok_emb, self.pos_emb), self.drop_emb
         if all(plain(t, nn.Embedding) and t.padding_idx is t.max_norm is None for t in tables) and plain(
             drop, nn.Dropout
         ):
             p = drop.p if self.training else 0.0
-            return ops.embedding(idx, self.tok_emb.weight, self.pos_emb.weight, p, offset=offset)
-        positions = torch.arange(offset, offset + idx.shape[1], device=idx.device)
+            tokens, places = self.tok_emb.weight, self.pos_emb.weight
+            return ops.embedding(idx, tokens, places, p, offset=offset, positions=positions)
+        if positions is None:
+            positions = torch.arange(offset, offset + idx.shape[1], device=idx.device)
         return drop(self.tok_emb(idx) + self.pos_emb(positions))
 
     def _plan(self) -> Plan | str:
@@ -197,23 +200,37 @@ class GPTModel(nn.Module):
         super().train(mode)
         return self
 
-    def loss(self, idx: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    def loss(
+        self,
+        idx: Tensor,
+        targets: Tensor,
+        ignore_index: int = -100,
+        *,
+        starts: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> Tensor:
         """Mean cross-entropy in nats of the logits at each position with `targets` int64 [B, T]; a scalar in fp32.
 
         Head and cross-entropy are one op, which keeps no [B * T, V] logits. Targets equal to `ignore_index` don't count.
+
+        Args:
+            starts: where each token's document begins in its row, as in `forward`.
+            label_smoothing: e makes the target's probability 1 - e + e / V and every other's e / V.
+            z_loss: so much of each position's squared logsumexp is added, which keeps logits near 0.
         """
         if targets.shape != idx.shape:
             raise ValueError(f"targets must have idx's shape {tuple(idx.shape)}, got {tuple(targets.shape)}")
-        x, flat = self.hidden_states(idx).flatten(0, 1), targets.flatten().long()
-        head = self.out_head
+        x, flat = self.hidden_states(idx, starts=starts).flatten(0, 1), targets.flatten().long()
+        head, how = self.out_head, (ignore_index, "mean", label_smoothing, z_loss)
         if plain(head, nn.Linear):
             weight: Tensor = head.weight
             bias: Tensor | None = head.bias
             tokens = self._tokens(len(weight))
             if tokens < len(weight):  # a slice of all rows, too, would copy the whole gradient
                 weight, bias = weight[:tokens], None if bias is None else bias[:tokens]
-            return ops.linear_cross_entropy(x, weight, flat, bias, ignore_index)
-        return ops.cross_entropy(self._unpadded(head(x)), flat, ignore_index)
+            return ops.linear_cross_entropy(x, weight, flat, bias, *how)
+        return ops.cross_entropy(self._unpadded(head(x)), flat, *how)
 
     @torch.no_grad()
     def attention_weights(self, idx: Tensor) -> Tensor:
