@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ._attention_mask import first_keys, keep, keep_scale, kept_share, key_range, query_range, visible
 from ._heads import add_dot, dot_heads, head_constants, ieee, load_head, scale_head, store_head, unit_last, zero_head
-from ._launch import arch, launch, register
+from ._launch import arch, cdiv, launch, register
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -235,12 +235,12 @@ def attention_bwd(dout, q, k, v, first, out, lse, seed, causal, scale, dropout_p
     S = k.shape[2]
     gradients = torch.empty(q.numel() + 2 * k.numel(), dtype=q.dtype, device=q.device)
     dq, dk, dv = split_gradients(gradients, q, k)
-    statistics = torch.empty(B, H, triton.cdiv(T, PADDING) * PADDING, 4, dtype=lse.dtype, device=q.device)
+    statistics = torch.empty(B, H, cdiv(T, PADDING) * PADDING, 4, dtype=lse.dtype, device=q.device)
     head = head_constants(q) | {"APART": lse.dim() == 4}
     kept = kept_share(dropout_p)
     launch(
         _attention_statistics_kernel,
-        (B * H * triton.cdiv(T, PADDING),),
+        (B * H * cdiv(T, PADDING),),
         *(out, dout, lse, statistics, *out.stride()[:3], *dout.stride()[:3], H, T, kept),
         **{name: head[name] for name in ("D", "BLOCK_D", "BLOCK_E", "APART", "ACC")},
         PADDING=PADDING,
@@ -248,7 +248,7 @@ def attention_bwd(dout, q, k, v, first, out, lse, seed, causal, scale, dropout_p
     blocks = _bwd_blocks(arch(q.device), D, q.dtype, seed is not None)
     launch(
         _attention_bwd_kernel,
-        (B * H * (triton.cdiv(S, blocks["BLOCK_OWN"]) + triton.cdiv(T, blocks["BLOCK_OWN"])),),
+        (B * H * (cdiv(S, blocks["BLOCK_OWN"]) + cdiv(T, blocks["BLOCK_OWN"])),),
         *(q, k, v, first, dout, statistics, seed, dq, dk, dv),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3]),
         *(dq.stride(0), dq.stride(2), dk.stride(0), dk.stride(2)),

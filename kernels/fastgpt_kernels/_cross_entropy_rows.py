@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch, sm_count
+from ._launch import cdiv, launch, next_power_of_2, sm_count
 
 # With the gradient a row is read twice, and the second time should hit the L2: 32 warps of at most 32 registers run two rows
 # an SM, which for GPT-2's 100 kB rows of 16-bit logits are 27 MB of an H100's 50. Rows beyond 128 kB (fp32) get four vectors
@@ -44,7 +44,7 @@ def _lanes_and_warps(V: int, dtype: torch.dtype, with_grad: bool) -> tuple[int, 
     """A short row in one step, a long one at full width; never fewer lanes than a row's two unaligned ends need."""
     limit = MAX_LANES_WIDE if with_grad and V * dtype.itemsize > WIDE_ROW_BYTES else MAX_LANES
     elements = vector(dtype)
-    lanes = min(max(triton.next_power_of_2(triton.cdiv(V, elements)), 2 * elements), limit)
+    lanes = min(max(next_power_of_2(cdiv(V, elements)), 2 * elements), limit)
     return lanes, min(max(lanes // 32, 1), 32)
 
 
@@ -187,7 +187,7 @@ def launch_scale(x: Tensor, scale: Tensor, out: Tensor) -> None:
     n = x.numel() if x.is_contiguous() else (x.shape[0] - 1) * x.stride(0) + x.shape[1]
     block = 1024 * vector(x.dtype)
     # persistent, so that finding a scale of 1 costs a launch and not a grid of N * V / block empty programs
-    programs = min(triton.cdiv(n, block), 8 * sm_count(x.device))
+    programs = min(cdiv(n, block), 8 * sm_count(x.device))
     launch(
         _scale_kernel, (programs,), x, scale, out, n, IN_PLACE=out is x, BLOCK=block, VEC=vector(x.dtype), num_warps=8
     )

@@ -38,7 +38,7 @@ from torch.autograd.function import once_differentiable
 from ._attention_backward import attention_bwd, split_gradients
 from ._attention_mask import first_keys, keep, keep_scale, kept_share, key_range, visible
 from ._heads import add_dot, dot_heads, head_constants, ieee, load_head, scale_head, store_head, unit_last, zero_head
-from ._launch import arch, check, check_device, check_float, dropout_seed, launch, register
+from ._launch import arch, cdiv, check, check_device, check_float, dropout_seed, launch, register
 
 MAX_HEAD_SIZE = 256
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -157,7 +157,7 @@ def attention_fwd(q, k, v, first, seed, causal, scale, dropout_p):
     blocks = _fwd_blocks(arch(q.device), D, q.dtype, seed is not None)
     launch(
         _attention_fwd_kernel,
-        (B * H * triton.cdiv(T, blocks["BLOCK_M"]),),
+        (B * H * cdiv(T, blocks["BLOCK_M"]),),
         *(q, k, v, first, out, lse, seed),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
         *(H, T, k.shape[2], scale, kept_share(dropout_p)),

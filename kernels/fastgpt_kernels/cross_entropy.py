@@ -21,12 +21,11 @@ import functools
 import math
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._cross_entropy_rows import accumulator, launch_rows, launch_scale, vector
-from ._launch import check, check_device, check_float, register, sm_count
+from ._launch import cdiv, check, check_device, check_float, register, sm_count
 
 # The most that one chunk of logits in linear_cross_entropy takes, of the whole memory and at all. Each chunk reads and writes the
 # fp32 dweight once, 8 * V * C bytes against 6 * rows * V * C FLOP: on an H100 that costs 311 / rows of the GEMMs' time, 2% at the
@@ -48,16 +47,16 @@ def _chunk_bytes(device: torch.device) -> int:
 def _rows_per_chunk(N: int, V: int, C: int, dtype: torch.dtype, device: torch.device) -> int:
     """Chunks of equal size, of whole tiles, of at most about `_chunk_bytes`; as many as make the fewest waves of dx's tiles."""
     most = max(_chunk_bytes(device) // (V * dtype.itemsize), CHUNK_MULTIPLE)
-    tiles, columns = triton.cdiv(N, CHUNK_MULTIPLE), triton.cdiv(C, TILE_COLUMNS)
+    tiles, columns = cdiv(N, CHUNK_MULTIPLE), cdiv(C, TILE_COLUMNS)
 
     def waves(chunks: int) -> int:
-        full, rest = divmod(tiles, triton.cdiv(tiles, chunks))
-        height = triton.cdiv(tiles, chunks)
-        return sum(triton.cdiv(t * columns, sm_count(device)) for t in (*[height] * full, rest))
+        full, rest = divmod(tiles, cdiv(tiles, chunks))
+        height = cdiv(tiles, chunks)
+        return sum(cdiv(t * columns, sm_count(device)) for t in (*[height] * full, rest))
 
-    fewest = triton.cdiv(N, most)
+    fewest = cdiv(N, most)
     chunks = min(range(fewest, min(fewest + 3, tiles) + 1), key=waves, default=1)
-    return min(triton.cdiv(tiles, chunks) * CHUNK_MULTIPLE, N)
+    return min(cdiv(tiles, chunks) * CHUNK_MULTIPLE, N)
 
 
 def _rows(logits: Tensor) -> Tensor:
@@ -161,7 +160,7 @@ def _linear_cross_entropy(
         return outputs
     rows, elements = _rows_per_chunk(N, V, x.shape[1], x.dtype, x.device), vector(x.dtype)
     # rows padded to 16 bytes: cuBLAS moves them at full speed although V is odd
-    buffer = torch.empty((rows, triton.cdiv(V, elements) * elements), dtype=x.dtype, device=x.device)
+    buffer = torch.empty((rows, cdiv(V, elements) * elements), dtype=x.dtype, device=x.device)
     for start in range(0, N, rows):
         stop = min(start + rows, N)
         chunk, x_chunk = buffer[: stop - start, :V], x[start:stop]

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._launch import check, check_device, check_float, dropout_seed, launch, register
+from ._launch import cdiv, check, check_device, check_float, dropout_seed, launch, next_power_of_2, register
 from ._math import dropout
 from ._rows import as_rows, column_tile, keep_scale
 from .dropout import dropout_add_rows
@@ -105,11 +105,11 @@ def embedding_fwd(idx, tok_weight, pos_weight, dropout_p, seed, offset, position
     M, (V, C) = idx.numel(), tok_weight.shape
     rows, columns = column_tile(C, y.element_size(), _NUM_WARPS, _FWD_LOADS)
     launch(
-        _embedding_fwd_kernel, (triton.cdiv(M, rows) * triton.cdiv(C, columns),),
+        _embedding_fwd_kernel, (cdiv(M, rows) * cdiv(C, columns),),
         idx.contiguous(), None if positions is None else positions.contiguous(), tok_weight, pos_weight, seed, y,
         tok_weight.stride(0), pos_weight.stride(0),
         M, idx.shape[1], V, pos_weight.shape[0], offset, dropout_p, keep_scale(dropout_p),
-        C=C, ROWS=rows, COLUMNS=columns, ROW_COUNTERS=triton.next_power_of_2(C), num_warps=_NUM_WARPS,
+        C=C, ROWS=rows, COLUMNS=columns, ROW_COUNTERS=next_power_of_2(C), num_warps=_NUM_WARPS,
     )  # fmt: skip
     return y
 
@@ -131,9 +131,9 @@ def embedding_bwd(dy, pos_weight, dropout_p, seed, offset):
     (B, T, C), dy = dy.shape, as_rows(dy)
     rows, columns = column_tile(C, dy.element_size(), _NUM_WARPS, _BWD_LOADS)
     launch(
-        _embedding_bwd_kernel, (triton.cdiv(T, rows) * triton.cdiv(C, columns),),
+        _embedding_bwd_kernel, (cdiv(T, rows) * cdiv(C, columns),),
         dy, seed, None if seed is None else d, dpos, dy.stride(0), B, T, offset, dropout_p, keep_scale(dropout_p),
-        C=C, ROWS=rows, COLUMNS=columns, ROW_COUNTERS=triton.next_power_of_2(C), num_warps=_NUM_WARPS,
+        C=C, ROWS=rows, COLUMNS=columns, ROW_COUNTERS=next_power_of_2(C), num_warps=_NUM_WARPS,
     )  # fmt: skip
     return outputs
 

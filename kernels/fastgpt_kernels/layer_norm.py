@@ -37,7 +37,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._launch import arch, check, check_device, check_float, dropout_seed, launch, register, sm_count
+from ._launch import (
+    arch,
+    cdiv,
+    check,
+    check_device,
+    check_float,
+    dropout_seed,
+    launch,
+    next_power_of_2,
+    register,
+    sm_count,
+)
 from ._math import dropout
 from ._rows import as_rows, column_sums, keep_scale, row_tile
 
@@ -216,10 +227,10 @@ def layer_norm_fwd(x, residual, weight, bias, eps, dropout_p, seed, dtype):
     )  # y's has no part in its bits
     rows, chunk, num_warps = row_tile(N, itemsize, _FWD_LANE_COLUMNS)
     launch(
-        _layer_norm_fwd_kernel, (triton.cdiv(M, rows),),
+        _layer_norm_fwd_kernel, (cdiv(M, rows),),
         x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), seed, y, total, mean, rstd,
         x.stride(0), 0 if residual is None else residual.stride(0), M, dropout_p, keep_scale(dropout_p),
-        N=N, EPS=eps, ROWS=rows, CHUNK=chunk, ROW_COUNTERS=triton.next_power_of_2(N), num_warps=num_warps,
+        N=N, EPS=eps, ROWS=rows, CHUNK=chunk, ROW_COUNTERS=next_power_of_2(N), num_warps=num_warps,
         maxnreg=128,  # far from reached: without a limit ptxas prefers a spill to losing a program on the multiprocessor
     )  # fmt: skip
     return outputs
@@ -250,7 +261,7 @@ def layer_norm_bwd(dy, dtotal, total, weight, bias, mean, rstd, dropout_p, seed,
     dy, total, dtotal = as_rows(dy), as_rows(total), None if dtotal is None else as_rows(dtotal)
     M, N = total.shape
     rows, chunk, num_warps = row_tile(N, total.element_size(), _BWD_LANE_COLUMNS)
-    padded = rows * triton.cdiv(N, chunk) * chunk
+    padded = rows * cdiv(N, chunk) * chunk
     shared_memory = 90_000 if arch(total.device) in (86, 89, 120) else 150_000
     tile_bytes = padded * total.element_size() * (2 if dtotal is None else 3)
     lane_columns = padded // (32 * num_warps)
@@ -262,7 +273,7 @@ def layer_norm_bwd(dy, dtotal, total, weight, bias, mean, rstd, dropout_p, seed,
     if arch(total.device) // 10 == 9 and tight and dtotal is not None:
         # With two tiles ahead Triton 3.6 spills an address. One tile of each program is 55 KB a multiprocessor in flight.
         stages = min(stages, 2)
-    programs = min(triton.cdiv(M, max(rows, _MIN_ROWS)), resident * sm_count(total.device))
+    programs = min(cdiv(M, max(rows, _MIN_ROWS)), resident * sm_count(total.device))
     partial_dweight = torch.empty(programs, N, dtype=mean.dtype, device=total.device)
     partial_dbias = None if bias is None else torch.empty_like(partial_dweight)
     launch(
@@ -270,7 +281,7 @@ def layer_norm_bwd(dy, dtotal, total, weight, bias, mean, rstd, dropout_p, seed,
         dy, dtotal, total, weight.contiguous(), mean, rstd, seed,
         dresidual, None if dx_dtype is None else dx, partial_dweight, partial_dbias,
         dy.stride(0), 0 if dtotal is None else dtotal.stride(0), total.stride(0), M, dropout_p, keep_scale(dropout_p),
-        N=N, ROWS=rows, CHUNK=chunk, STAGES=stages, ROW_COUNTERS=triton.next_power_of_2(N), num_warps=num_warps,
+        N=N, ROWS=rows, CHUNK=chunk, STAGES=stages, ROW_COUNTERS=next_power_of_2(N), num_warps=num_warps,
         maxnreg=registers,
         enable_fp_fusion=N > 1,  # of one column dx is 0, and an FMA of dy * weight - mean_g leaves what rounding took of mean_g
     )  # fmt: skip
