@@ -26,6 +26,8 @@ Source: Dao, 2023, https://arxiv.org/abs/2307.08691; https://github.com/pytorch/
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -45,7 +47,7 @@ PADDING = 128
 # The table starts from PyTorch's for flex attention (torch/_inductor/template_heuristics), as the forward's does.
 
 
-def _bwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool) -> dict[str, int | None]:
+def _bwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool) -> dict[str, Any]:
     """BLOCK_OWN is what a program owns, keys or queries; BLOCK_INNER is what it takes at a time of the other."""
     maxnreg = None
     if dtype == torch.float64:
@@ -155,7 +157,8 @@ def _attention_bwd_kernel(
                 p_t = tl.exp2(s_t)
                 if PART != 1:
                     first = first_keys(first_ptr, rows[None, :], T)
-                    p_t = tl.where(visible(rows[None, :], cols[:, None], first, T, S, CAUSAL), p_t, 0.0)
+                    seen_t = visible(rows[None, :], cols[:, None], first, T, S, CAUSAL, first_ptr is not None)
+                    p_t = tl.where(seen_t, p_t, 0.0)
                 kept_t = p_t
                 if seed_ptr is not None:
                     kept_t = tl.where(keep(seed, head, row, col, kept, BLOCK_INNER, BLOCK_OWN, True), p_t, nothing)
@@ -201,7 +204,8 @@ def _attention_bwd_kernel(
                     dp = tl.where(keep(seed, head, row, col, kept, BLOCK_OWN, BLOCK_INNER, False), dp, nothing)
                 ds = p * (dp - delta[:, None])
                 if PART != 1:
-                    ds = tl.where(visible(rows[:, None], cols[None, :], first, T, S, CAUSAL), ds, 0.0)
+                    seen = visible(rows[:, None], cols[None, :], first, T, S, CAUSAL, first_ptr is not None)
+                    ds = tl.where(seen, ds, 0.0)
                 dq = add_dot(dq, ds, k, PRECISION, ACC)
         store_head(dq_ptr + b * stride_dqb + h * D, rows, stride_dqt, T, scale_head(dq, scale * rescale), D)
 

@@ -17,22 +17,22 @@ SEARCH = tl.constexpr(1024)
 
 
 @triton.jit
-def visible(rows, cols, first, T, S, CAUSAL: tl.constexpr):
-    """Whether queries `rows` < T, whose first keys are `first` or None, see keys `cols`; shaped to broadcast."""
+def visible(rows, cols, first, T, S, CAUSAL: tl.constexpr, HAS_FIRST: tl.constexpr):
+    """Whether queries `rows` < T, whose first keys are `first`, see keys `cols`; shaped to broadcast."""
     if CAUSAL:
         seen = cols <= rows + (S - T)
     else:
         seen = cols < S
-    if first is not None:
+    if HAS_FIRST:
         seen = seen & (cols >= first)
     return seen
 
 
 @triton.jit
 def first_keys(first_ptr, rows, T):
-    """first[rows], or None where there is none."""
+    """first[rows], or 0 where there is none."""
     if first_ptr is None:
-        return None
+        return 0
     else:
         return tl.load(first_ptr + tl.minimum(rows, T - 1))
 

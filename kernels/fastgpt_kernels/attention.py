@@ -28,6 +28,7 @@ Source: Dao, 2023, https://arxiv.org/abs/2307.08691
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -49,7 +50,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # random words take registers, so most tiles are half as large with it.
 
 
-def _fwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool) -> dict[str, int | None]:
+def _fwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool) -> dict[str, Any]:
     wide = arch // 10 in (9, 10)
     maxnreg = None
     if dtype == torch.float64:
@@ -105,7 +106,8 @@ def _attention_fwd_kernel(
             v = load_head(v_ptr, cols, stride_vs, S, D, BLOCK_D, BLOCK_E, PART != 1)
             scores = dot_heads(q, k, PRECISION, ACC)
             if PART != 1:
-                scores = tl.where(visible(rows[:, None], cols[None, :], first, T, S, CAUSAL), scores, float("-inf"))
+                seen = visible(rows[:, None], cols[None, :], first, T, S, CAUSAL, first_ptr is not None)
+                scores = tl.where(seen, scores, float("-inf"))
             m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
             # -inf - -inf would be NaN in a row that has seen nothing yet
             m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)

@@ -331,7 +331,7 @@ def compare_dropout(broken):
         (compare_with_more_keys, "scale_head(dk, scale * rescale)", "scale_head(dk, scale_log2)"),
         (compare_with_more_keys, "ragged, end = 0, 0, tiles, tiles", "ragged, end = 0, 0, tiles - 1, tiles"),
         (compare_with_fewer_keys, "begin = tl.maximum(col + T - S, 0)", "begin = tl.maximum(col + T + S, 0)"),
-        (compare_with_fewer_keys, "first, T, S, CAUSAL), p_t, 0.0)", "first, T, S, CAUSAL), p_t, 1.0)"),
+        (compare_with_fewer_keys, "visible(rows[None, :], cols[:, None]", "visible(rows[None, :] + T, cols[:, None]"),
         (compare_with_fewer_keys, 'at * 2, mask=rows < T, other=float("inf")', "at * 2, mask=rows < T, other=0.0"),
         (compare_with_fewer_keys, "l_i = tl.where(empty, 1.0, l_i)", "l_i = l_i"),
         (compare_with_more_keys, "s_t -= log_sum[None, :]", "s_t -= 0.0"),
