@@ -30,10 +30,12 @@ from benchmarks.first.steps import STEPS, Step
 from benchmarks.harness.record import RESULTS, ROOT, machine_name, run_record, source_digest
 from benchmarks.report import first as report
 
+NOTHING_LEFT = 5  # pytest's status where no test was left to run
 DEVICE_LOST = 77  # what test_suite.py leaves with
 MOST_MINUTES = 9.0  # a borrowed machine may cut a command at ten
 RESERVE = 12.0  # seconds at the end for what is to be written
-LOST = "lost the device"
+LOST, UNFINISHED = "lost the device", "out of time"
+OUT_OF_TIME = "out of time; "  # what a step prints that begins nothing more, and goes on there when it is called again
 PROBE = "import torch; torch.zeros(1, device='cuda').item()"
 STATE, RECORDS, TABLE, LOG, PASSED = "first.json", "records.json", "first.txt", "first.log", "passed.txt"
 
@@ -133,8 +135,8 @@ class Run:
                 if code is None:
                     kill(process)
                     ended[name] = {"status": "hung", "reason": f"killed after {limit:.0f} s"}
-                elif code == 0:
-                    ended[name] = {"status": "ok"}
+                elif code in (0, NOTHING_LEFT):
+                    ended[name] = {"status": UNFINISHED if OUT_OF_TIME in printed(log) else "ok"}
                 else:
                     lost = code == DEVICE_LOST
                     ended[name] = {"status": LOST if lost else "failed", "reason": reason(log, code)}
@@ -182,9 +184,14 @@ def kill(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
+def printed(log: Path) -> str:
+    """By a step in its last run."""
+    return log.read_text(encoding="utf-8", errors="replace").rpartition(f"=== {log.stem}: ")[2]
+
+
 def reason(log: Path, code: int) -> str:
     """The last line of a log that says something."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in printed(log).splitlines() if line.strip()]
     telling = [line for line in lines[-40:] if "rror" in line or line.startswith(("FAILED", "E  "))]
     return f"exit status {code}: {(telling or lines)[-1][:160]}"
 

@@ -9,17 +9,17 @@ from typing import NamedTuple
 
 from benchmarks.harness.record import ROOT
 
-# Tests of the gpu lane, the most telling first: what most of a model's time runs through, then whole models, then the rest.
+# Files of the gpu lane, the most telling first: what most of a model's time runs through. The others follow.
 LANE = (
-    "tests/kernels/test_attention*.py",
-    "tests/kernels/test_linear*.py",
-    "tests/kernels/test_decode*.py",
-    "tests/kernels/test_cross_entropy*.py",
-    "tests/kernels/test_layer_norm*.py",
-    "tests/kernels/test_gpt*.py",
-    "tests/inference",
-    "tests/kernels",
-    "tests",
+    "attention",
+    "linear",
+    "decode_token",
+    "decode",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "layer_norm",
+    "graphs",
+    "steps",
 )
 # Launch constants with the largest predicted gain.
 SWEPT = ("attention-backward", "cross-entropy-chunk", "attention-forward", "gemm-gelu", "token-rows")
@@ -44,49 +44,44 @@ def bench(match: str, dry: str, *only: str, quick: bool = False) -> Callable[[Pa
             "-m",
             "pytest",
             "benchmarks",
-            f"--match={dry if dry_run else match}",
-            f"--out={out}",
             "--no-report",
             "--quiet",
-        ]
-        words += [
             "--benchmark-quiet",
             "-p",
             "no:cacheprovider",
             "--tb=line",
-            f"--minutes={max(seconds - 20, 5) / 60:.2f}",
         ]
-        words += (
-            [f"--only={name}" for name in only] + (["--quick"] if quick else []) + (["--dry-run"] if dry_run else [])
-        )
-        return words
+        words += [f"--match={dry if dry_run else match}", f"--out={out}", f"--minutes={working(seconds) / 60:.2f}"]
+        flags = {"--quick": quick, "--dry-run": dry_run}
+        return [*words, *(f"--only={name}" for name in only), *(flag for flag, given in flags.items() if given)]
 
     return command
 
 
+def working(seconds: int) -> int:
+    """Of so many, those in which something is begun."""
+    return max(seconds - 20, 5)
+
+
 def lane(out: Path, dry: bool, seconds: int) -> list[str]:
-    files = (
-        ["tests/kernels/test_gelu.py"]
-        if dry
-        else [str(path) for pattern in LANE for path in sorted(ROOT.glob(pattern))]
-    )
-    workers = ["-n", "4"] if importlib.util.find_spec("xdist") and not dry else []
-    words = [
-        "-m",
-        "pytest",
-        "-p",
-        "benchmarks.harness.resumed",
-        f"--passed={out / 'passed.txt'}",
-        f"--until={max(seconds - 20, 5)}",
-    ]
-    words += ["--quiet", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors", *workers]
-    return [
-        *words,
-        "-m",
-        "not gpu" if dry else "gpu",
-        *(["-k", "interpreter or empty"] if dry else []),
-        *dict.fromkeys(files),
-    ]
+    if dry:
+        return tests(out, seconds, "-m", "not gpu", "-k", "interpreter or empty", "tests/kernels/test_gelu.py")
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    place = {f"test_{name}": i for i, name in enumerate(LANE)}
+    marked = [path for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
+    return tests(out, seconds, "-m", "gpu", *map(str, sorted(marked, key=lambda path: place.get(path.stem, len(LANE)))))
+
+
+def engines(out: Path, dry: bool, seconds: int) -> list[str]:
+    return tests(out, seconds, *(("-k", "top_k", "tests/inference/test_sampling.py") if dry else ("tests/inference",)))
+
+
+def tests(out: Path, seconds: int, *chosen: str) -> list[str]:
+    """pytest on `chosen`, by four processes where it can, less what passed before."""
+    words = ["-m", "pytest", "-p", "benchmarks.harness.resumed", "-p", "no:cacheprovider", "--quiet", "--tb=short"]
+    words += ["--continue-on-collection-errors"]
+    words += ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    return [*words, f"--passed={out / 'passed.txt'}", f"--until={working(seconds)}", *chosen]
 
 
 def module(name: str, *words: str) -> Callable[[Path, bool, int], list[str]]:
@@ -94,7 +89,7 @@ def module(name: str, *words: str) -> Callable[[Path, bool, int], list[str]]:
 
 
 def sweep(out: Path, dry: bool, seconds: int) -> list[str]:
-    names, minutes = SWEPT[:1] if dry else SWEPT, f"--minutes={max(seconds - 30, 5) / 60:.2f}"
+    names, minutes = SWEPT[:1] if dry else SWEPT, f"--minutes={working(seconds) / 60:.2f}"
     return ["-m", "benchmarks.sweep", *names, f"--out={out}", minutes, *(["--dry-run"] if dry else [])]
 
 
@@ -168,6 +163,7 @@ STEPS = (
     ),
     Step("sweep", "five launch constants", 120, sweep),
     # Behind this a second call begins, or whatever time is left.
+    Step("engines", "generation's own tests on the card", 200, engines),
     Step("ops", "every op at every size, beside peers", 400, bench("", "softmax.*-fastgpt$", "kernels")),
     Step("generation", "every size of generation", 400, bench("", "generate.*-fastgpt$", "decode")),
     Step("training", "every size of training", 400, bench("", "memory.*-fastgpt$", "train")),

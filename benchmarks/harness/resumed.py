@@ -43,10 +43,10 @@ class Resumed:
     def pytest_runtest_setup(self, item):
         if time.monotonic() > self.deadline:
             self.later += 1
-            pytest.skip("out of time")
+            pytest.skip("out of time; the same command goes on where this one stopped")
 
     def pytest_runtest_logreport(self, report):
-        if report.when == "call" and report.passed:
+        if report.when == "call" and report.passed and not hasattr(report, "node"):  # which xdist's worker has written
             with open(self.file, "a", encoding="utf-8") as file:
                 file.write(report.nodeid + "\n")
 

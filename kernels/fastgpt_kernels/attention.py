@@ -46,7 +46,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 # This table and the backward's start from PyTorch's for flex attention (torch/_inductor/template_heuristics) and keep what
 # compiles without spills and under the shared memory of every GPU in the row; `python -m fastgpt_kernels.aot` re-derives that,
-# and `benchmarks/attention.py --sweep` measures. Tiles 128 wide are for chips of 227 KB (Hopper, B200), not of 99 KB. Dropout's
+# and `python -m benchmarks.sweep` measures. Tiles 128 wide are for chips of 227 KB (Hopper, B200), not of 99 KB. Dropout's
 # random words take registers, so most tiles are half as large with it.
 
 

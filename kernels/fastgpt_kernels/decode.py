@@ -37,7 +37,7 @@ MAX_HEAD_SIZE = 256
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Keys of one program. At D = 64 they are four 16-byte loads a thread for keys and values each, all in flight at once, and GPT-2's
-# 12 heads at 1024 positions make 192 programs for the 132 SMs of an H100. benchmarks/decode.py --sweep re-derives it.
+# 12 heads at 1024 positions make 192 programs for the 132 SMs of an H100. `python -m benchmarks.sweep` re-derives it.
 SPLIT_KEYS = 64
 
 # Queries of one program where there are several: the least that `tl.dot` takes.

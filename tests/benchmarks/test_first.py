@@ -14,7 +14,7 @@ import pytest
 from benchmarks import profiling, sweep
 from benchmarks.first.__main__ import Run, main, packed, unpack
 from benchmarks.first.predictions import PREDICTIONS, Records
-from benchmarks.first.steps import STEPS, Step
+from benchmarks.first.steps import STEPS, Step, lane
 from benchmarks.report import first
 from benchmarks.suite import name_of, selected
 
@@ -88,6 +88,23 @@ def test_what_failed_comes_behind_what_was_not_begun(tmp_path):
     run = Run([FAILS, one], tmp_path, None, 5, dry=True)
     run.go()
     assert steps_begun(Run([FAILS, one, two], tmp_path, None, 5, dry=True)) == ["two", "fails"]
+
+
+def test_a_step_that_ran_out_of_time_goes_on_in_the_next_call(tmp_path):
+    half = fake("half", "print('out of time; the same command goes on where this one stopped')")
+    Run([half], tmp_path, None, 5, dry=True).go()
+    assert json.loads((tmp_path / "first.json").read_text())["steps"]["half"]["status"] == "out of time"
+    whole = fake("half", "print('done')")
+    Run([whole], tmp_path, None, 5, dry=True).go()
+    assert json.loads((tmp_path / "first.json").read_text())["steps"]["half"]["status"] == "ok"
+
+
+def test_the_lane_has_every_file_of_the_gpu_lane_the_most_telling_first():
+    words = lane(ROOT, False, 60)
+    files = [Path(word).stem for word in words if word.endswith(".py")]
+    assert files[:2] == ["test_attention", "test_linear"]
+    assert len(files) == len(set(files)) > 15
+    assert {"test_gelu", "test_graphs"} < set(files)
 
 
 def test_nothing_begins_without_time_or_device(tmp_path):
