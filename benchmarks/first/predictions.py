@@ -75,6 +75,16 @@ def fewer(slow: Measured, fast: Measured) -> Measured:
     return measured
 
 
+def share(us: Measured) -> Measured:
+    """Of the 82 us that reading the weights once takes."""
+
+    def measured(records: Records) -> float | None:
+        found = us(records)
+        return None if found is None else 8200 / found
+
+    return measured
+
+
 def column(benchmark: str, name: str, case: str = TRAIN, provider: str = OURS, scale: float = 1.0) -> Measured:
     def measured(records: Records) -> float | None:
         value = records.find(benchmark, provider, case, name)
@@ -172,6 +182,8 @@ PREDICTIONS = (
         ),
         "split it over the vocabulary",
     ),
+    Prediction("a token behind 0 with dependent launches, of its floor", 45, 60, "%", share(token(0, "dependent"))),
+    Prediction("a token behind 0 with weights that stream ahead, of its floor", 60, 85, "%"),
     # A training step
     Prediction("a training step", 57, 57, "ms", column("train_step", "ms"), "its parts, below, say where"),
     Prediction("a training step, floor of what is launched", 50.5, 50.5, "ms"),
