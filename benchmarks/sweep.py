@@ -162,6 +162,13 @@ def constants() -> dict[str, Constant]:
         Constant("token-project-rows", "decode_token.PROJECT_ROWS", decode_token.TOKEN, "forward", (4, 8, 16)),
         Constant("token-head-rows", "decode_token.HEAD_ROWS", decode_token.TOKEN, "forward", (8, 16, 32)),
         Constant("token-split", "decode_token.SPLIT_KEYS", decode_token.TOKEN, "forward", (64, 128, 256)),
+        Constant(
+            "token-ahead",
+            "decode_token.AHEAD_BYTES",
+            decode_token.AHEAD,
+            "forward",
+            tuple(n << 20 for n in (0, 2, 4, 8, 16, 24)),
+        ),
         Constant("sample-split", "sampling._SPLIT", sampling.DRAW, "forward", (1024, 2048, 4096, 8192)),
         Constant("sample-chunk", "sampling._CHUNK", sampling.FILTERED, "forward", (2048, 4096, 8192)),
     )

@@ -116,6 +116,20 @@ def dependent(*arguments: Any) -> Tensor:
     return decode_token(*arguments, pdl=True)
 
 
+_plans: dict[tuple[int, int], Any] = {}  # made in a first call, which no graph captures
+
+
+@fused
+def ahead(tokens: Tensor, positions: Tensor, weights: Any, *rest: Any) -> Tensor:
+    from fastgpt_kernels import decode_token
+
+    key = weights.head.data_ptr(), decode_token.AHEAD_BYTES
+    if key not in _plans:
+        _plans[key] = decode_token.plan_ahead(weights)
+    plan = _plans[key]
+    return decode_token.decode_token(tokens, positions, weights, *rest, pdl=plan is not None, ahead=plan)
+
+
 def dependent_peer(case: Case) -> Callable[..., Tensor]:
     if interpreting() or torch.cuda.get_device_capability() < (9, 0):
         raise Absent("dependent launch came with compute capability 9.0")
@@ -134,4 +148,5 @@ TOKEN = Op(
     direct=kernels,
     plain=plain,
 )
+AHEAD = Op("decode_token", inputs, {"forward": work}, SIZES, direct=ahead, plain=plain)  # for the sweep
 OPS = (TOKEN,)

@@ -138,14 +138,15 @@ def token_buffers(weights: TokenWeights, batch: int, n_heads: int, capacity: int
     return TokenBuffers(x, q, part, lse, hidden, torch.empty(batch, vocab_size, device=device))
 
 
-def plan_ahead(weights: TokenWeights, distance: int = AHEAD_BYTES) -> Ahead | None:
-    """What decode_token's kernels ask L2 for, `distance` bytes ahead; None for 0 and where there is nothing to ask with.
+def plan_ahead(weights: TokenWeights) -> Ahead | None:
+    """What decode_token's kernels ask L2 for, AHEAD_BYTES ahead; None for 0 and where there is nothing to ask with.
 
     For sm90 and later. On a GPU no more than half of its L2 lies between asking and reading.
     """
     device, (C,), F = weights.head.device, weights.norm.shape, weights.layers[0].up.shape[0]
     if INTERPRETING or arch(device) < 90:
         return None
+    distance = AHEAD_BYTES
     if device.type == "cuda":
         distance = min(distance, torch.cuda.get_device_properties(device).L2_cache_size // 2)
     kernels: list[tuple[tuple[Tensor, ...], int]] = []
