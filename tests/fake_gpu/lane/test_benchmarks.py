@@ -15,6 +15,7 @@ from benchmarks.suite import OP_FILES
 from fastgpt.graphs import capture
 
 COMPILED = {"FlexAttention"}  # by torch.compile: what it launches isn't here to be seen
+ASKS_THE_DRIVER = {"SDPA flash", "SDPA cuDNN"}  # torch's choice among backends, in a build with CUDA
 OPS = [entry for file in OP_FILES for entry in file.OPS]
 
 
@@ -31,6 +32,8 @@ def cases():
 
 @pytest.mark.parametrize(("entry", "case", "name"), [*cases()])
 def test_a_graph_holds_the_provider(entry, case, name, monkeypatch):
+    if torch.version.cuda and name in ASKS_THE_DRIVER:
+        pytest.skip("in a torch built with CUDA this asks the driver, which isn't here")
     monkeypatch.setattr(harness, "MAX_BUFFERS", {"cuda": 1})
     with h100():
         with unwatched():
