@@ -281,7 +281,9 @@ def _warps(block: int) -> int:
 
 def _window(batch: int, source: str, warps: int) -> int:
     """Rows whose inputs are on their way or in use at once: computing one takes about as long as L2 takes to answer."""
-    return min(batch, 3 if source != "parts" else 2 if warps < 16 else 1)
+    return min(
+        batch, 1 if warps == 16 else 2 if source == "parts" else 3
+    )  # 16 warps have 128 registers a thread, at most
 
 
 def _combining_warps(block: int, splits: int) -> int:
