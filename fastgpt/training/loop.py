@@ -405,14 +405,19 @@ def _check_ids(config: GPTConfig, inputs: Tensor, targets: Tensor, where: str) -
 
 @contextlib.contextmanager
 def _matmul_precision(settings: TrainSettings, device: torch.device) -> Iterator[None]:
-    """The TF32 policy while training on a GPU; a CPU computes fp32 products in fp32."""
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if settings.tf32 else "highest")
+    """The TF32 policy while training on a GPU; a CPU computes fp32 products in fp32.
+
+    By the newest of torch's three ways to set it, which follows the others: reading those raises once a process has used it.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "tf32" if settings.tf32 else "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        products.fp32_precision = before
 
 
 @contextlib.contextmanager

@@ -55,7 +55,8 @@ def _bwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool) ->
     elif dtype == torch.float32:
         if head_size <= 64:
             m, n, stages, warps = 32, 32, 2, 8
-            maxnreg = (255 if dropout else None) if ieee(dtype) else 128  # left alone, ptxas spills, or takes 174 with dropout: one program's
+            # Left to choose, ptxas takes fewer registers than it needs and spills: in tf32, and with dropout.
+            maxnreg = (255 if dropout else None) if ieee(dtype) else 128
         else:
             m, n, stages, warps = 16, 32 if head_size <= 128 else 16, 2 if head_size <= 128 and ieee(dtype) else 1, 8
     elif head_size > 128:
