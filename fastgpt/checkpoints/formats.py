@@ -365,7 +365,8 @@ def write_llmc(config: GPTConfig, state_dict: Mapping[str, Tensor], path: Path) 
     version = next((version for version, dtype in LLMC_DTYPES.items() if dtypes == {dtype}), None)
     if version is None:
         raise ValueError(
-            f"llm.c holds float32 or bfloat16 weights, got {sorted(map(str, dtypes))}; choose one of the two by dtype"
+            f"llm.c holds float32 or bfloat16 weights, got {sorted(map(str, dtypes))}; choose one by dtype= "
+            "(--dtype float32 on the command line)"
         )
     rows = -(-config.vocab_size // LLMC_MULTIPLE) * LLMC_MULTIPLE
     sizes = (config.context_length, config.vocab_size, config.n_layers, config.n_heads, config.emb_dim, rows)

@@ -14,6 +14,7 @@ from models import tiny_model
 from training_runs import TOKENIZER, trainer
 
 from fastgpt.config import PRESETS
+from fastgpt.training import checkpoint
 from fastgpt.training.progress import CURVE, LOG, flops_per_token, peak_flops, summary
 from fastgpt.training.settings import TrainSettings
 
@@ -59,6 +60,24 @@ def test_samples_are_text_by_the_model(tmp_path):
     idx = torch.tensor([TOKENIZER.encode("!#")])
     ids = run.model.generate(idx, 5, temperature=0.8, top_k=101, generator=generator)
     assert samples[12] == TOKENIZER.decode(ids[0].tolist())
+
+
+def test_a_sample_ends_no_run(tmp_path, monkeypatch):
+    """Ids that the tokenizer lacks are shown as such; and whatever happens to a sample, the step is kept."""
+    wide = tiny_model(vocab_size=3000, n_layers=1)  # the tokenizer has 101
+    run = trainer(tmp_path / "wide", wide, max_steps=1, sample_every=1)
+    run.run()
+    (sample,) = [entry["sample"] for entry in run.log if "sample" in entry]
+    assert "\ufffd" in sample
+
+    def fails(run: Any) -> str:
+        raise RuntimeError("no sample")
+
+    run = trainer(tmp_path / "run", max_steps=2, sample_every=1, checkpoint_every=1)
+    monkeypatch.setattr(type(run), "sample", fails)
+    with pytest.raises(RuntimeError, match="no sample"):
+        run.run()
+    assert checkpoint.steps(tmp_path / "run") == [1]
 
 
 def test_mfu_is_by_llmc_s_convention(tmp_path):
