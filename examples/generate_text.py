@@ -26,7 +26,8 @@ def main() -> None:
     for step in generate(
         model, [tokenizer.encode(prompt)], 100, temperature=0.7, top_p=0.9, generator=draws, stream=True
     ):
-        print(decoder.add(step.tokens[0]), end="", flush=True)
+        for token in step.tokens:  # one prompt, one token; None once its row has ended
+            print("" if token is None else decoder.add(token), end="", flush=True)
     print(decoder.finish())
 
 

@@ -76,7 +76,7 @@ def main() -> None:
         model = to_hf(GPTModel.from_pretrained("bundled"), copy=True)
     else:
         model = GPT2LMHeadModel.from_pretrained(args.model)
-    model.to(device)
+    nn.Module.to(model, device)  # transformers wraps its own, which type checkers can't read
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # else the losses would differ by the masks that the kernels draw

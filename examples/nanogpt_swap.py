@@ -17,6 +17,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -59,10 +60,10 @@ class PlainGPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer["wte"].weight
+        self.lm_head.weight = cast(nn.Embedding, self.transformer["wte"]).weight
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        tree = self.transformer
+        tree: Any = self.transformer
         x = tree["wte"](idx) + tree["wpe"].weight[: idx.shape[1]]
         for block in tree["h"]:
             x = block(x)
