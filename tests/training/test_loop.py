@@ -195,7 +195,13 @@ def test_a_loss_that_is_no_number_before_any_checkpoint(tmp_path):
     model.tok_emb.weight.data.fill_(math.inf)
     with pytest.raises(NonFiniteLoss, match=r"step 1: loss nan.*the last whole checkpoint is none yet"):
         trainer(tmp_path, model).run()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["fastgpt_tokenizer.json", LOG, "settings.toml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "fastgpt_tokenizer.json",
+        LOG,
+        "settings.toml",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
 
 
 def test_a_run_directory_is_a_model(tmp_path):
