@@ -40,16 +40,14 @@ def test_work_of_an_op(work, gflop, megabytes):
     assert (work.read + work.written) / 1e6 == pytest.approx(megabytes, rel=0.02)
 
 
-@pytest.mark.xfail(reason="generation_work was given an argument more: to be mended", strict=False)
 def test_bytes_of_a_token():
     assert generate.weight_bytes(PRESETS["gpt2"], 2) / 1e6 == pytest.approx(247.3, abs=0.1)
     assert generate.weight_bytes(PRESETS["gpt2"].replace(tie_weights=False), 2) / 1e6 == pytest.approx(247.3, abs=0.1)
-    one = generate.generation_work(PRESETS["gpt2"], 1, 1000, 2, 2)
-    none = generate.generation_work(PRESETS["gpt2"], 1, 1000, 1, 2)
+    one = generate.generation_work(PRESETS["gpt2"], 1, 1000, 2, 2, 2)
+    none = generate.generation_work(PRESETS["gpt2"], 1, 1000, 1, 2, 2)
     assert one.read - none.read == pytest.approx(247.3e6 + 1001 * 36_864, rel=1e-3)
 
 
-@pytest.mark.xfail(reason="generation_work was given an argument more: to be mended", strict=False)
 def test_flops_of_a_generation():
     """Beside torch's counter of a forward, which counts attention whole and the head at each position."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -62,8 +60,8 @@ def test_flops_of_a_generation():
     head, whole = 2 * shape.padded_vocab_size * 768, 4 * 2 * 768 * T * T
     counted = counter.get_total_flops() - head * (T - 1)
     causal = counted - whole + whole * (T + 1) / (2 * T)
-    assert generate.generation_work(shape, 1, T, 1, 2).flops == pytest.approx(causal, rel=1e-6)
-    assert generate.generation_work(shape, 3, T - 4, 5, 2).flops == pytest.approx(3 * (causal + 4 * head), rel=1e-6)
+    assert generate.generation_work(shape, 1, T, 1, 2, 2).flops == pytest.approx(causal, rel=1e-6)
+    assert generate.generation_work(shape, 3, T - 4, 5, 2, 2).flops == pytest.approx(3 * (causal + 4 * head), rel=1e-6)
 
 
 def test_merges_rebuild_the_tokenizer():
