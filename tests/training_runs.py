@@ -33,12 +33,14 @@ FAST = {
 }
 
 
-def trainer(directory: Path, model: GPTModel | None = None, **changes: Any) -> Trainer:
+def trainer(
+    directory: Path, model: GPTModel | None = None, starts: np.ndarray | None = None, **changes: Any
+) -> Trainer:
     settings = TrainSettings(**{**FAST, **changes})
     return Trainer(
         new_model(tiny_config(drop_rate=0.2), settings.seed, torch.device("cpu")) if model is None else model,
         TOKENIZER,
-        TokenStream(TOKENS[:1000], 16, settings.batch_size, settings.seed),
+        TokenStream(TOKENS[:1000], 16, settings.batch_size, settings.seed, starts),
         TokenStream(TOKENS[1000:], 16, 4),
         settings,
         directory,

@@ -2,7 +2,7 @@
 
 A stream of tokens is cut into blocks of T + 1 (inputs and their next tokens) at an offset that changes with every epoch; the
 blocks of an epoch come in an order drawn from (seed, epoch). An epoch sees every token once, but for less than two blocks at
-the ends, and the state of a run is one number. Where documents are kept apart, each is cut into blocks of its own.
+the ends, and the state of a run is one number. Where documents are kept apart, rows say where each begins in them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ class TokenStream:
         context: T, positions of a row.
         batch_size: rows B of a batch.
         seed: of the order.
-        starts: where documents begin, ascending integers [D], the first 0. A row then holds one document, or T tokens of a long
-            one; what is left of it is zeros whose targets are IGNORED. None: rows run across documents.
+        starts: where documents begin, ascending integers [D], the first 0. Documents are then packed: an epoch lays them end to
+            end in an order of its own and cuts them into rows of T, so a document goes on in the next row where one ends. Of n
+            tokens each but the last is an input once an epoch, and each but the first a target. Only an epoch's last row is
+            padded, with zeros whose targets are IGNORED. None: rows run across documents, which aren't told apart.
     """
 
     def __init__(
@@ -52,8 +54,8 @@ class TokenStream:
             if lengths[-1] < 0:
                 raise ValueError(f"a document begins at {self._starts[-1]:,}, after the last of {len(tokens):,} tokens")
             # A document of n tokens has n - 1 of them to predict.
-            self._pieces = np.cumsum(-(-np.maximum(lengths - 1, 0) // context))
-            self.blocks_per_epoch = int(self._pieces[-1])
+            self._inputs = np.maximum(lengths - 1, 0)
+            self.blocks_per_epoch = -(-int(self._inputs.sum()) // context)
             if self.blocks_per_epoch == 0:
                 raise ValueError(f"none of {len(starts):,} documents has two tokens")
         else:
@@ -63,46 +65,63 @@ class TokenStream:
                 )
             # Every epoch has the same number of blocks, whatever its offset, so that block i's epoch is a division.
             self.blocks_per_epoch = max((len(tokens) - 1) // context - 1, 1)
-        self._order: tuple[int, int, np.ndarray] = (-1, 0, np.empty(0, dtype=np.int64))
+        self._epoch = -1  # whose order the fields below hold
+        self._offset = 0
+        self._order = self._documents = self._ends = np.empty(0, dtype=np.int64)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """(inputs, targets) int64 [B, T] of step `step` >= 0, on the CPU."""
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """(inputs, targets) int64 [B, T] of step `step` >= 0, on the CPU.
+
+        Where documents are kept apart, (inputs, targets, starts): int32 [B, T], where each token's document begins in its row.
+        """
         return self.rows(step, 0, self.batch_size)
 
-    def rows(self, step: int, first: int, stop: int) -> tuple[Tensor, Tensor]:
+    def rows(self, step: int, first: int, stop: int) -> tuple[Tensor, ...]:
         """Rows first .. stop - 1 of `batch(step)`: a process reads no more than its own."""
         if step < 0:
             raise ValueError(f"step must be at least 0, got {step}")
-        spans = [self._span(step * self.batch_size + row) for row in range(first, stop)]
-        if not self.separate:
-            block = torch.from_numpy(np.stack([self.tokens[start:end] for start, end in spans]).astype(np.int64))
-            return block[:, :-1].contiguous(), block[:, 1:].contiguous()
-        inputs = torch.zeros(len(spans), self.context, dtype=torch.int64)
-        targets = torch.full_like(inputs, IGNORED)
-        for row, (start, end) in enumerate(spans):
-            piece = torch.from_numpy(self.tokens[start:end].astype(np.int64))
-            inputs[row, : len(piece) - 1] = piece[:-1]
-            targets[row, : len(piece) - 1] = piece[1:]
-        return inputs, targets
+        blocks = range(step * self.batch_size + first, step * self.batch_size + stop)
+        if self.separate:
+            packed = [self._packed(block) for block in blocks]
+            inputs, targets, starts = (torch.from_numpy(np.stack(part)) for part in zip(*packed, strict=True))
+            return inputs, targets, starts
+        begins = [self._offset + self.context * index for index in map(self._index, blocks)]
+        block = np.stack([self.tokens[begin : begin + self.context + 1] for begin in begins]).astype(np.int64)
+        rows = torch.from_numpy(block)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-    def _span(self, block: int) -> tuple[int, int]:
-        """Where block number `block` of the whole run begins and ends in the tokens."""
+    def _index(self, block: int) -> int:
+        """Which of its epoch's blocks is number `block` of the whole run; the order of that epoch is at hand afterwards."""
         epoch, index = divmod(block, self.blocks_per_epoch)
-        if self._order[0] != epoch:
+        if self._epoch != epoch:
             draw = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            spare = 0 if self.separate else len(self.tokens) - 1 - self.blocks_per_epoch * self.context
-            offset = int(draw.integers(0, spare + 1))
-            self._order = (epoch, offset, draw.permutation(self.blocks_per_epoch))
-        _, offset, order = self._order
-        if not self.separate:
-            start = offset + self.context * int(order[index])
-            return start, start + self.context + 1
-        piece = int(order[index])
-        document = int(np.searchsorted(self._pieces, piece, side="right"))
-        before = int(self._pieces[document - 1]) if document else 0
-        start = int(self._starts[document]) + self.context * (piece - before)
-        after = int(self._starts[document + 1]) if document + 1 < len(self._starts) else len(self.tokens)
-        return start, min(start + self.context + 1, after)
+            if self.separate:
+                self._documents = draw.permutation(len(self._starts))
+                self._ends = np.cumsum(self._inputs[self._documents])
+            else:
+                spare = len(self.tokens) - 1 - self.blocks_per_epoch * self.context
+                self._offset = int(draw.integers(0, spare + 1))
+            self._order, self._epoch = draw.permutation(self.blocks_per_epoch), epoch
+        return int(self._order[index])
+
+    def _packed(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(inputs, targets, starts) [T] of a row of whole documents, but for those that its ends cut."""
+        begin = self._index(block) * self.context
+        inputs = np.zeros(self.context, dtype=np.int64)
+        targets = np.full_like(inputs, IGNORED)
+        starts = np.zeros(self.context, dtype=np.int32)
+        place, filled = int(np.searchsorted(self._ends, begin, side="right")), 0
+        while filled < self.context and place < len(self._ends):
+            document = self._documents[place]
+            left = int(self._ends[place]) - (begin + filled)  # inputs of it that are in no earlier row
+            count = min(left, self.context - filled)
+            first = int(self._starts[document] + self._inputs[document]) - left
+            piece = self.tokens[first : first + count + 1]
+            part = slice(filled, filled + count)
+            inputs[part], targets[part], starts[part] = piece[:-1], piece[1:], filled
+            filled, place = filled + count, place + 1
+        starts[filled:] = filled  # padding is a document of its own, which nothing else sees
+        return inputs, targets, starts
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> np.ndarray:

@@ -89,8 +89,8 @@ class _Loss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return cast(Any, self.model).loss(inputs, targets)
+    def forward(self, inputs: Tensor, targets: Tensor, starts: Tensor | None = None) -> Tensor:
+        return cast(Any, self.model).loss(inputs, targets, starts=starts)
 
 
 class Engine:

@@ -202,11 +202,11 @@ class Trainer:
         self.updater.set_lr(lr)
         _seed(settings.seed, step, self.world.rank)
         count = settings.batch_size // self.world.size
-        inputs, targets = self.data.rows(step, self.world.rank * count, (self.world.rank + 1) * count)
+        inputs, targets, *starts = self.data.rows(step, self.world.rank * count, (self.world.rank + 1) * count)
         _check_ids(self.model.config, inputs, targets, f"step {step + 1}")
         shape = (settings.accumulate, count // settings.accumulate, self.data.context)
         batch = [inputs.view(shape), targets.view(shape), self._shares(targets.view(shape))]
-        batch = [uploaded(part, self.model.device) for part in batch]
+        batch = [uploaded(part, self.model.device) for part in (*batch, *(part.view(shape) for part in starts))]
         self.model.train()
         if self.graph is not None:
             values = self.graph(batch)
@@ -221,19 +221,20 @@ class Trainer:
         self._pending.append((step, lr, values))
         self.step += 1
 
-    def _train_on(self, inputs: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
-        values = self._gradient(inputs, targets, shares)
+    def _train_on(self, *batch: Tensor) -> Tensor:
+        values = self._gradient(*batch)
         self.updater.step()
         return values
 
-    def _gradient(self, inputs: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
+    def _gradient(self, inputs: Tensor, targets: Tensor, shares: Tensor, starts: Tensor | None = None) -> Tensor:
         """Leaves the clipped gradient of this rank's micro-batches [A, B, T]; returns [loss, norm before clipping]."""
         self.updater.zero_grad()
         total = torch.zeros((), device=inputs.device)
         for index in range(len(inputs)):
             with self.engine.micro_batch(last=index == len(inputs) - 1):
                 with self._autocast():
-                    loss = self.engine.loss(inputs[index], targets[index]) * shares[index]
+                    documents = None if starts is None else starts[index]
+                    loss = self.engine.loss(inputs[index], targets[index], starts=documents) * shares[index]
                 loss.backward()
             self.updater.collect()
             total += loss.detach()
@@ -287,11 +288,12 @@ class Trainer:
         counted: list[int] = []
         for first in range(0, count, world.size):
             index = first + world.rank
-            inputs, targets = self.validation.batch(min(index, count - 1))
+            inputs, targets, *starts = self.validation.batch(min(index, count - 1))
             _check_ids(self.model.config, inputs, targets, f"validation batch {index}")
             targets_counted = int((targets != IGNORED).sum()) if index < count else 0
             with self._autocast():
-                loss = self.engine.loss(uploaded(inputs, device), uploaded(targets, device))
+                documents = uploaded(starts[0], device) if starts else None
+                loss = self.engine.loss(uploaded(inputs, device), uploaded(targets, device), starts=documents)
             losses.append(loss)
             counted.append(targets_counted)
         nats = sum(loss * targets for loss, targets in zip(torch.stack(losses).tolist(), counted, strict=True))
@@ -348,7 +350,8 @@ class Trainer:
 
     def _facts(self) -> dict[str, Any]:
         """What has to be the same for a run to go on as if it had never stopped (of the settings, those that aren't free)."""
-        data = {"tokens": len(self.data.tokens), "context": self.data.context, "separate": self.data.separate}
+        separate = "packed" if self.data.separate else False  # True in checkpoints of rows of one document each
+        data = {"tokens": len(self.data.tokens), "context": self.data.context, "separate": separate}
         config, settings = self.model.config.to_dict(), dataclasses.asdict(self.settings)
         return {"config": config, "settings": settings, "data": data}
 

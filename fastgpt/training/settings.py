@@ -152,7 +152,8 @@ class RunSettings(TrainSettings):
     )
     field: str = _setting("text", "where .jsonl and .parquet files have the text")
     separate_documents: bool = _setting(
-        False, "no row holds two documents: each starts one, or goes on with a long one; what is left of it is padding"
+        False,
+        "documents don't see each other: packed into rows end to end, each is what it would be alone (the last row is padded)",
     )
 
 

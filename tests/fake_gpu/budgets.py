@@ -72,8 +72,10 @@ CACHE = {
 
 TRAINING = {
     "step": Budget(each_pinned=3),  # ids, targets, and what each micro-batch counts
+    "step of packed documents": Budget(each_pinned=4),  # where they begin, too
     "log": Budget(reads=1),
     "validation": Budget(reads=1, each_pinned=2),
+    "validation of packed documents": Budget(reads=1, each_pinned=3),
     "sample": _CALL,
     "evaluation": Budget(reads=1, each_pinned=3),  # inputs, targets, and which positions count
 }

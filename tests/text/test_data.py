@@ -193,52 +193,107 @@ def test_directories_become_their_files_in_order(tmp_path):
 
 # Documents apart.
 
-LENGTHS = [1, 5, 17, 0, 40, 2, 16, 33, 1]  # with a context of 16: 0, 1, 1, 0, 3, 1, 1, 2, 0 rows
+LENGTHS = [1, 5, 17, 0, 40, 2, 16, 33, 1]  # 107 tokens to predict: with a context of 16, 7 rows and 5 places of padding
+FIRSTS = np.cumsum([0, *LENGTHS[:-1]])
 
 
 def apart(batch_size: int = 1, seed: int = 0) -> TokenStream:
-    starts = np.cumsum([0, *LENGTHS[:-1]])
-    return TokenStream(np.arange(1, sum(LENGTHS) + 1), context=16, batch_size=batch_size, seed=seed, starts=starts)
+    return TokenStream(np.arange(1, sum(LENGTHS) + 1), 16, batch_size, seed, starts=FIRSTS)
 
 
-def test_rows_hold_one_document_each_and_all_of_them():
+def pieces(inputs: torch.Tensor, targets: torch.Tensor, starts: torch.Tensor) -> list[list[int]]:
+    """The runs of a row that see each other, each with its last target; padding is none."""
+    found = []
+    for begin in starts.unique().tolist():
+        part = starts == begin
+        assert part.nonzero()[0].item() == begin
+        if (targets[part] != -100).all():
+            assert inputs[part][1:].tolist() == targets[part][:-1].tolist()
+            found.append([*inputs[part].tolist(), int(targets[part][-1])])
+        else:
+            assert not inputs[part].any()
+            assert (targets[part] == -100).all()
+    return found
+
+
+def test_packed_rows_predict_each_token_of_every_document_once_an_epoch():
     stream = apart()
-    assert stream.blocks_per_epoch == 9
-    expected, first = set(), 1
-    for length in LENGTHS:
-        document = list(range(first, first + length))
-        for start in range(0, max(length - 1, 0), 16):
-            expected.add(tuple(document[start : start + 17]))
-        first += length
-    for number in range(3):
-        seen = set()
-        for step in range(9 * number, 9 * number + 9):
-            inputs, targets = (row[0] for row in stream.batch(step))
-            kept = int((targets != -100).sum())
-            assert inputs[kept:].tolist() == [0] * (16 - kept)
-            assert (targets[kept:] == -100).all()
-            assert inputs[1:kept].tolist() == targets[: kept - 1].tolist()
-            seen.add((*inputs[:kept].tolist(), int(targets[kept - 1])))
-        assert seen == expected
+    assert stream.blocks_per_epoch == 7
+    expected = [
+        (token, token + 1)
+        for first, length in zip(FIRSTS, LENGTHS, strict=True)
+        for token in range(first + 1, first + length)
+    ]
+    for number in range(4):
+        seen, padded = [], []
+        for step in range(7 * number, 7 * number + 7):
+            inputs, targets, starts = (row[0] for row in stream.batch(step))
+            padded.append(int((targets == -100).sum()))
+            for piece in pieces(inputs, targets, starts):
+                assert piece == list(range(piece[0], piece[-1] + 1))
+                seen += itertools.pairwise(piece)
+        assert sorted(seen) == expected
+        assert sorted(padded) == [0] * 6 + [5]
+
+
+def test_a_document_that_fits_into_what_is_left_of_a_row_is_whole():
+    whole = {tuple(range(first + 1, first + n + 1)) for first, n in zip(FIRSTS, LENGTHS, strict=True) if n > 1}
+    found, cut = set(), 0
+    for step in range(7):
+        inputs, targets, starts = (row[0] for row in apart().batch(step))
+        for piece in pieces(inputs, targets, starts):
+            found.add(tuple(piece))
+            cut += tuple(piece) not in whole
+            # What is cut begins or ends with its row.
+            assert tuple(piece) in whole or int(inputs[0]) == piece[0] or int(targets[-1]) == piece[-1]
+    assert len(found & whole) >= 3
+    assert cut <= 2 * 7
+
+
+def test_padding_is_under_three_hundredths_of_documents_as_long_as_web_pages():
+    lengths = np.random.default_rng(0).lognormal(6.2, 1.1, 400).astype(np.int64) + 1  # a median of 490 tokens
+    firsts = np.cumsum(lengths) - lengths
+    stream = TokenStream(np.ones(lengths.sum(), np.uint16), 1024, 1, starts=firsts)
+    rows = [stream.batch(step) for step in range(stream.blocks_per_epoch)]
+    padding = sum(int((targets == -100).sum()) for _, targets, _ in rows)
+    assert padding / (1024 * len(rows)) < 0.03
+    assert 1024 * len(rows) - padding == (lengths - 1).sum()
+    assert max(len(starts.unique()) for *_, starts in rows) > 4
 
 
 def test_documents_apart_come_in_an_order_of_their_own_each_epoch():
     orders = {
-        tuple(int(apart(1, seed).batch(step)[0][0, 0]) for step in range(9 * e, 9 * e + 9))
+        tuple(apart(1, seed).batch(step)[0].tolist()[0][0] for step in range(7 * e, 7 * e + 7))
         for e in (0, 1)
         for seed in (0, 1)
     }
     assert len(orders) == 4
-    assert [row.tolist() for row in apart(3).batch(4)[0]] == [
-        apart().batch(step)[0][0].tolist() for step in (12, 13, 14)
-    ]
+
+
+def test_a_packed_batch_is_a_function_of_its_number():
+    stream = apart(3)
+    batches = {step: stream.batch(step) for step in range(12)}
+    for step in (11, 0, 7, 7, 2, 10):
+        for other in (stream.batch(step), apart(3).batch(step)):
+            assert all(torch.equal(a, b) for a, b in zip(other, batches[step], strict=True))
+        narrow = [apart().batch(row) for row in range(3 * step, 3 * step + 3)]
+        assert all(torch.equal(torch.cat([row[i] for row in narrow]), batches[step][i]) for i in range(3))
+
+
+def test_ranks_predict_different_tokens_and_together_all():
+    stream, seen = apart(7), []
+    for rank in (0, 1):
+        inputs, targets, _ = stream.rows(2, 3 * rank, 3 + 4 * rank)
+        seen.append(set(inputs[targets != -100].tolist()))
+    assert not seen[0] & seen[1]
+    assert len(seen[0] | seen[1]) == 107
 
 
 def test_rows_are_parts_of_the_batch():
     for stream in (apart(6), TokenStream(np.arange(300), 8, 6, seed=2)):
         whole = stream.batch(7)
         parts = [stream.rows(7, first, first + 2) for first in (0, 2, 4)]
-        for i in (0, 1):
+        for i in range(len(whole)):
             assert torch.equal(torch.cat([part[i] for part in parts]), whole[i])
 
 

@@ -46,7 +46,7 @@ class Tokenizer:
 
 @contextlib.contextmanager
 def training(directory, separate=False, **changes):
-    """A Trainer before its first step; `separate` documents have targets that don't count."""
+    """A Trainer before its first step; rows of `separate` documents say where each begins."""
     tokens = np.arange(6000, dtype=np.int64) % 1000
     starts = np.arange(0, 6000, 100) if separate else None
     with h100():
@@ -72,17 +72,19 @@ def steps(trainer, count):
 def test_a_step_reads_nothing(settings, separate, tmp_path):
     with training(tmp_path, separate, **settings) as trainer:
         steps(trainer, 1)
-        TRAINING["step"].check(steps(trainer, 5), 5)
+        TRAINING["step of packed documents" if separate else "step"].check(steps(trainer, 5), 5)
 
 
+@pytest.mark.parametrize("separate", [False, True], ids=["joined", "separate documents"])
 @pytest.mark.parametrize("settings", CAPTURED, ids=str)
-def test_a_captured_step(settings, tmp_path):
-    with training(tmp_path, cuda_graph=True, **settings) as trainer:
+def test_a_captured_step(settings, separate, tmp_path):
+    with training(tmp_path, separate, cuda_graph=True, **settings) as trainer:
         seen = steps(trainer, WARMUP_STEPS)
         assert (seen.captures, seen.replays) == (0, 0)
         seen = steps(trainer, 5)
         assert (seen.captures, seen.replays) == (1, 5)
-        TRAINING["step"]._replace(captures=1).check(seen, 5)
+        budget = TRAINING["step of packed documents" if separate else "step"]
+        budget._replace(captures=1).check(seen, 5)
 
 
 def test_a_step_that_cannot_be_captured_says_so_each_time():
@@ -110,7 +112,7 @@ def test_a_log_and_a_validation_read_once(separate, captured, tmp_path):
         TRAINING["log"].check(seen)
         with watching() as seen:
             trainer.validate()
-        TRAINING["validation"].check(seen, 6)
+        TRAINING["validation of packed documents" if separate else "validation"].check(seen, 6)
 
 
 def test_a_sample(tmp_path):
