@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "llms-from-scratch", "tiktoken", "tokenizers")
 # Peers that few have: named in a record where they are installed.
-PEERS = ("liger-kernel", "flash-attn", "flash-attn-3", "quack-kernels", "cut-cross-entropy")
+PEERS = ("liger-kernel", "flash-attn", "flash-attn-3", "quack-kernels", "cut-cross-entropy", "ctranslate2")
 # nvidia-smi's names -> ours; read where a row is timed
 STATE = {
     "clocks.sm": "sm_MHz",
