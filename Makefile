@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.tested
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ptx_machine
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/ptx_machine
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/fake_gpu
 
 test-all: test

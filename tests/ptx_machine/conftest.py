@@ -25,8 +25,15 @@ def pytest_configure(config):
     if config.rootpath != Path(__file__).parent:
         raise pytest.UsageError("tests/ptx_machine is a run of its own: python -m pytest tests/ptx_machine")
     torch.set_num_threads(1)
-    if config.option.sample_seed is None:  # before xdist's workers start, who are told it
-        config.option.sample_seed = random.randrange(10_000)
+    if config.option.sample_seed is None:
+        told = getattr(config, "workerinput", {})
+        config.option.sample_seed = told["sample_seed"] if told else random.randrange(10_000)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """xdist gives its workers the command line alone, so that each would draw a seed of its own."""
+    node.workerinput["sample_seed"] = node.config.option.sample_seed
 
 
 def pytest_report_header(config):
