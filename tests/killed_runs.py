@@ -1,4 +1,4 @@
-"""A run that is killed with SIGKILL again and again, and one that isn't: `python killed_runs.py DIRECTORY KILLS`.
+"""A run that is killed with SIGKILL again and again, and one that isn't: `python killed_runs.py DIRECTORY KILLS OPTIMIZER`.
 
 For training/test_stopping.py. A process of its own, which imports torch once and forks each attempt: it must not have
 computed before.
@@ -25,13 +25,15 @@ from fastgpt.training import Trainer, checkpoint, new_model
 from fastgpt.training.settings import TrainSettings
 
 
-def attempt(directory: Path, steps: int, kill: random.Random | None) -> int:
+def attempt(directory: Path, steps: int, optimizer: str, kill: random.Random | None) -> int:
     """Fork a process that trains, resuming what there is; SIGKILL it at a moment drawn from `kill`. Returns its exit status."""
     before = checkpoint.steps(directory)
     pid = os.fork()
     if not pid:
         try:
-            settings = TrainSettings(max_steps=steps, batch_size=2, checkpoint_every=2, lr=3e-3, validate_every=1000)
+            settings = TrainSettings(
+                max_steps=steps, batch_size=2, checkpoint_every=2, lr=3e-3, validate_every=1000, optimizer=optimizer
+            )
             trainer = Trainer(
                 new_model(tiny_config(drop_rate=0.2, n_layers=1), 0, torch.device("cpu")),
                 TOKENIZER,
@@ -66,15 +68,15 @@ def alive(pid: int) -> bool:
 
 
 def main() -> None:
-    root, kills = Path(sys.argv[1]), int(sys.argv[2])
+    root, kills, optimizer = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     steps = 6 * kills  # an attempt comes no further than a few checkpoints
     draw = random.Random(0)
     statuses, leftovers = [], []
     for _ in range(kills):
-        statuses.append(attempt(root / "killed", steps, draw))
+        statuses.append(attempt(root / "killed", steps, optimizer, draw))
         leftovers += [path.name for path in (root / "killed").rglob(".*")]
     reached = checkpoint.steps(root / "killed")
-    statuses += [attempt(root / "killed", steps, None), attempt(root / "straight", steps, None)]
+    statuses += [attempt(root / name, steps, optimizer, None) for name in ("killed", "straight")]
     print(json.dumps({"statuses": statuses, "reached": reached, "steps": steps, "leftovers": leftovers}))
 
 

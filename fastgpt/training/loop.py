@@ -33,7 +33,7 @@ from fastgpt.text.tokenizer import Tokenizer
 from fastgpt.training import checkpoint, lora, progress
 from fastgpt.training.capture import CapturedStep
 from fastgpt.training.distributed import Engine, World, whole
-from fastgpt.training.optimizer import Updater
+from fastgpt.training.optimizer import Muon, Updater
 from fastgpt.training.settings import TrainSettings, differences, to_toml
 from fastgpt.transfer import uploaded
 
@@ -94,6 +94,9 @@ class Trainer:
         pure = settings.dtype == "pure-bfloat16"
         if pure and world.size > 1 and settings.parallel == "ddp":
             raise ValueError("pure-bfloat16 on several processes needs --parallel fsdp, which sums gradients in fp32")
+        muon = settings.optimizer == "muon"
+        if muon and world.size > 1 and settings.parallel == "fsdp":
+            raise ValueError("optimizer muon needs whole matrices, which --parallel fsdp shards; use --parallel ddp")
         self.logbook = progress.Log(directory, settings, directory.name)
         if settings.recompute:
             for block in model.trf_blocks:
@@ -101,7 +104,9 @@ class Trainer:
         self.engine = Engine(model, world, settings.parallel, half=pure)
         lr = torch.tensor(settings.lr, device=model.device) if settings.cuda_graph else settings.lr
         betas = (settings.beta1, settings.beta2)
-        self.updater = Updater(model, settings.weight_decay, betas, lr, masters=pure and world.size == 1)
+        rate = (settings.muon_lr or settings.lr) / settings.lr
+        how = Muon(rate, settings.muon_momentum) if muon else None
+        self.updater = Updater(model, settings.weight_decay, betas, lr, pure and world.size == 1, how)
         if self.updater.masters is not None:
             model.to(torch.bfloat16)  # in place, after the copies were made of what had not been rounded
         self.graph = CapturedStep(self._train_on, model.device) if settings.cuda_graph else None

@@ -1,12 +1,13 @@
-"""AdamW as GPTs are trained with it: nanoGPT's parameter groups, and fp32 copies where the parameters have 16 bits.
+"""AdamW as GPTs are trained with it, Muon beside it: nanoGPT's groups, and fp32 copies where parameters have 16 bits.
 
 The groups are those of https://github.com/karpathy/nanoGPT/blob/master/model.py: what has two or more dimensions decays.
+Muon makes a matrix's momentum orthogonal before it is added: https://kellerjordan.github.io/posts/muon/
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,19 @@ def configure_optimizers(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 
+class Muon(NamedTuple):
+    """torch.optim.Muon for the blocks' matrices.
+
+    Its updates are scaled to the RMS that AdamW's have, so that AdamW's learning rate and weight decay do for it
+    (https://arxiv.org/abs/2502.16982, equation 4).
+
+    rate: its learning rate over AdamW's, at every step.
+    """
+
+    rate: float = 1.0
+    momentum: float = 0.95
+
+
 class Updater:
     """The update of a model's parameters, over micro-batches: after each backward `collect`, at the end `clip` and `step`.
 
@@ -34,6 +48,9 @@ class Updater:
         masters: keep an fp32 copy of each parameter, gather gradients in fp32 and round the copy into the parameter after each
             update. The parameters may then become bf16, where an update below 1/256 of a weight would be lost.
         lr: a number, or a tensor on the device where the step is captured in a CUDA graph.
+        muon: update the matrices of `trf_blocks` by Muon, and the rest by AdamW. None: AdamW for all.
+
+    Raises ValueError where nothing is to be updated, or Muon is asked for and torch has none, or it has no matrix.
     """
 
     def __init__(
@@ -43,6 +60,7 @@ class Updater:
         betas: tuple[float, float],
         lr: float | Tensor,
         masters: bool = False,
+        muon: Muon | None = None,
     ) -> None:
         named: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not named:
@@ -51,23 +69,42 @@ class Updater:
         self.masters = [p.detach().float().clone() for p in self.parameters] if masters else None
         self.updated = self.parameters if self.masters is None else self.masters
         device = self.updated[0].device
+        matrices = [
+            p
+            for name, p in zip(named, self.updated, strict=True)
+            if muon is not None and name.startswith("trf_blocks.") and p.dim() == 2
+        ]
+        taken = {id(p) for p in matrices}
+        rest = [p for p in self.updated if id(p) not in taken]
         self.optimizer = torch.optim.AdamW(
-            _groups(self.updated, weight_decay),
+            _groups(rest, weight_decay),
             lr=lr,
             betas=betas,
-            fused=device.type in ("cuda", "cpu") and _dense(self.updated),
+            fused=device.type in ("cuda", "cpu") and _dense(rest),
             capturable=isinstance(lr, Tensor),
         )
+        self._muon = None if muon is None else _muon(muon, matrices, weight_decay)
+        self._rate = 1.0 if muon is None else muon.rate
         # Made now and not by the first step, so that a checkpoint has a place to be read into.
+        self._state: list[dict[str, Tensor]] = []
         for p in self.updated:
-            self.optimizer.state[p] = {
-                "step": torch.zeros((), dtype=torch.float32, device=device),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
+            if self._muon is not None and id(p) in taken:
+                state = {"momentum_buffer": torch.zeros_like(p)}
+                self._muon.state[p] = state
+            else:
+                state = {
+                    "step": torch.zeros((), dtype=torch.float32, device=device),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+                self.optimizer.state[p] = state
+            self._state.append(state)
         self._names = list(named)
 
     def set_lr(self, lr: float) -> None:
+        """AdamW's, and Muon's at its ratio to it."""
+        if self._muon is not None:
+            self._muon.param_groups[0]["lr"] = lr * self._rate
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
@@ -99,6 +136,8 @@ class Updater:
     @torch.no_grad()
     def step(self) -> None:
         self.optimizer.step()
+        if self._muon is not None:
+            self._muon.step()
         self.round()
 
     @torch.no_grad()
@@ -108,17 +147,26 @@ class Updater:
             torch._foreach_copy_(self.parameters, self.masters)
 
     def zero_grad(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        for p in self.parameters:
+        for p in (*self.updated, *self.parameters):
             p.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The live state by name: "model.tok_emb.weight" (of masters where there are any), "exp_avg.tok_emb.weight", ..."""
         found: dict[str, Tensor] = {}
-        for name, p in zip(self._names, self.updated, strict=True):
+        for name, p, state in zip(self._names, self.updated, self._state, strict=True):
             found[f"model.{name}"] = p.detach()
-            found |= {f"{key}.{name}": value for key, value in self.optimizer.state[p].items()}
+            found |= {f"{key}.{name}": value for key, value in state.items()}
         return found
+
+
+def _muon(how: Muon, matrices: list[Tensor], weight_decay: float) -> torch.optim.Optimizer:
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(
+            f"optimizer muon is torch.optim.Muon, of torch 2.9 and later; this is torch {torch.__version__}"
+        )
+    if not matrices:
+        raise ValueError("optimizer muon found no matrix that requires a gradient in the model's trf_blocks")
+    return torch.optim.Muon(matrices, weight_decay=weight_decay, momentum=how.momentum, adjust_lr_fn="match_rms_adamw")
 
 
 def _dense(parameters: Iterable[Tensor]) -> bool:

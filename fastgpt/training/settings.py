@@ -25,6 +25,7 @@ else:
 DTYPES = ("float32", "bfloat16", "pure-bfloat16")
 SCHEDULES = ("cosine", "wsd")
 ENGINES = ("ddp", "fsdp")
+OPTIMIZERS = ("adamw", "muon")
 
 
 def _setting(
@@ -65,7 +66,14 @@ class TrainSettings:
     warmup_steps: int = _setting(
         -1, "steps of linear warmup; -1: a twentieth of max_steps, but no more than 100", low=-1
     )
-    weight_decay: float = _setting(0.1, "AdamW's, of matrices and embeddings; biases and norms have none", low=0)
+    optimizer: str = _setting(
+        "adamw", "adamw; or muon for the blocks' matrices and AdamW for the rest (torch >= 2.9)", choices=OPTIMIZERS
+    )
+    muon_lr: float = _setting(
+        0.0, "Muon's peak learning rate, for updates as large as AdamW's usually are; 0: as lr; same schedule", low=0
+    )
+    muon_momentum: float = _setting(0.95, "Muon's, by Nesterov", low=0, below=1)
+    weight_decay: float = _setting(0.1, "of matrices and embeddings; biases and norms have none", low=0)
     beta1: float = _setting(0.9, "AdamW's", low=0, below=1)
     beta2: float = _setting(0.95, "AdamW's", low=0, below=1)
     grad_clip: float = _setting(1.0, "largest global norm of the gradient; 0 clips nothing", low=0)
@@ -106,6 +114,8 @@ class TrainSettings:
             _check(field, getattr(self, field.name))
         if self.cuda_graph and self.recompute:
             raise ValueError("cuda_graph can't be combined with recompute: a capture can't save dropout's random state")
+        if self.cuda_graph and self.optimizer == "muon":
+            raise ValueError("cuda_graph can't be combined with optimizer muon, which reads its rate on the host")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size must be a multiple of accumulate, got {self.batch_size} rows in {self.accumulate} micro-batches"

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import os
+import signal
 
 import pytest
 import torch
 from models import tiny_config, tiny_model
 from torch import nn
-from training_runs import losses, trainer, values
+from training_runs import TOKENIZER, TOKENS, at_step, equal, losses, trainer, values
 
 from fastgpt import GPTModel
-from fastgpt.training import lora
+from fastgpt.text.data import TokenStream
+from fastgpt.training import Trainer, lora
+from fastgpt.training.distributed import World
 from fastgpt.training.optimizer import configure_optimizers, optimizer_groups
+from fastgpt.training.settings import TrainSettings
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_weights": True}, {"head_bias": True}, {"bias": False}], ids=str)
@@ -107,3 +113,88 @@ def test_adapters_train_alone_and_are_merged_where_the_model_is_saved(tmp_path):
     resumed = trainer(tmp_path, again, lr=1e-2)
     resumed.resume()
     assert torch.equal(resumed.model.eval()(idx), run.model(idx))
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """Five steps of the quintic iteration of https://kellerjordan.github.io/posts/muon/, in float64."""
+    x = matrix.double() / matrix.double().norm()
+    x = x.T if len(matrix) > len(matrix.T) else x
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if len(matrix) > len(matrix.T) else x
+
+
+def test_muon_updates_the_blocks_matrices_and_adamw_the_rest(tmp_path):
+    """Four steps of warmup and cosine at a rate of Muon's own, written out; torch's iteration is in bfloat16."""
+    steps, lr, muon_lr, decay = 4, 1e-3, 5e-3, 0.3
+    model = tiny_model(tie_weights=True)
+    twin, before = copy.deepcopy(model), values(model)
+    options = {"optimizer": "muon", "lr": lr, "muon_lr": muon_lr, "muon_momentum": 0.9, "weight_decay": decay}
+    run = trainer(tmp_path, model, max_steps=steps, warmup_steps=2, grad_clip=0.0, **options)
+    run.run()
+    matrices = {name: p for name, p in twin.named_parameters() if name.startswith("trf_blocks") and p.dim() == 2}
+    assert len(matrices) == 2 * 6
+    rest = [(name, p) for name, p in twin.named_parameters() if name not in matrices]
+    groups = [{"params": [p for _, p in rest if (p.dim() > 1) is wide]} for wide in (True, False)]
+    groups[1]["weight_decay"] = 0.0
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=decay)
+    buffers = {name: torch.zeros_like(p) for name, p in matrices.items()}
+    for step in range(steps):
+        share = (step + 1) / 2 if step < 2 else 0.55 + 0.45 * math.cos(math.pi * (step - 2) / 2)
+        twin.zero_grad()
+        twin.train().loss(*run.data.batch(step)).backward()
+        for group in adamw.param_groups:
+            group["lr"] = lr * share
+        adamw.step()
+        with torch.no_grad():
+            for name, p in matrices.items():
+                buffers[name] += 0.1 * (p.grad - buffers[name])
+                update = orthogonal(p.grad + 0.9 * (buffers[name] - p.grad))
+                p *= 1 - muon_lr * share * decay
+                p -= muon_lr * share * 0.2 * math.sqrt(max(p.shape)) * update
+    for name, p in model.named_parameters():
+        if name.endswith("W_key.bias"):
+            continue  # softmax takes no notice of it: its gradient is rounding
+        moved, expected = p - before[name], twin.get_parameter(name) - before[name]
+        assert (moved - expected).norm() < 0.05 * expected.norm(), name
+
+
+def test_muons_rate_is_adamws_where_nothing_is_said(tmp_path):
+    runs = [
+        trainer(tmp_path / str(rate), tiny_model(), optimizer="muon", muon_lr=rate, max_steps=4) for rate in (0.0, 3e-3)
+    ]
+    for run in runs:
+        run.run()
+    assert losses(runs[0]) == losses(runs[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "pure-bfloat16"])
+def test_muon_goes_on_bit_for_bit(tmp_path, dtype):
+    options = {"optimizer": "muon", "dtype": dtype}
+    straight = trainer(tmp_path / "a", **options)
+    straight.run()
+    stopped = trainer(tmp_path / "b", **options)
+    stopped.run(at_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    resumed = trainer(tmp_path / "b", **options)
+    resumed.resume()
+    assert resumed.step == 7
+    resumed.run()
+    assert equal(resumed.updater.tensors(), straight.updater.tensors())
+    with pytest.raises(ValueError, match="optimizer: 'muon' in the checkpoint, 'adamw' now"):
+        trainer(tmp_path / "b", dtype=dtype).resume()
+
+
+def test_muon_is_refused_where_it_cannot_be(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="cuda_graph can't be combined with optimizer muon"):
+        TrainSettings(optimizer="muon", cuda_graph=True)
+    data, settings = TokenStream(TOKENS, 16, 4), TrainSettings(batch_size=4, optimizer="muon", parallel="fsdp")
+    with pytest.raises(ValueError, match="optimizer muon needs whole matrices, which --parallel fsdp shards"):
+        Trainer(tiny_model(), TOKENIZER, data, data, settings, tmp_path / "fsdp", World(rank=0, size=2))
+    frozen = tiny_model()
+    frozen.trf_blocks.requires_grad_(False)
+    with pytest.raises(ValueError, match="no matrix that requires a gradient"):
+        trainer(tmp_path, frozen, optimizer="muon")
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ValueError, match=r"torch 2\.9 and later; this is torch 2\."):
+        trainer(tmp_path, tiny_model(), optimizer="muon")
