@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness.measure import Absent, Work, needs, needs_cuda
-from benchmarks.harness.op import Draw, Op
+from benchmarks.harness.measure import Absent, Work, device, needs, needs_cuda
+from benchmarks.harness.op import Draw, Op, kernel
+from fastgpt import reference
 
 SIZES = {
     "gpu": [
@@ -118,4 +119,72 @@ ATTENTION = Op(
         "written out": written_out,
     },
 )
-OPS = (ATTENTION,)
+
+
+def packed_inputs(size, draw: Draw):
+    """Rows of documents of one length, and the first key that each query sees."""
+    q, k, v = inputs(size, draw)
+    return q, k, v, first_keys(size, q.device)[None].repeat(size["B"], 1)
+
+
+def first_keys(size, where):
+    places = torch.arange(size["T"], device=where, dtype=torch.int32)
+    return places - places % size["document"]
+
+
+def packed_work(products, read, written):
+    """As `work`, but of the pairs that are seen: T (document + 1) / 2 a head."""
+
+    def of(s, b):
+        elements = s["B"] * s["H"] * s["T"] * s["D"] * b
+        flops = products * 2.0 * s["B"] * s["H"] * s["D"] * s["T"] * (s["document"] + 1) / 2
+        return Work(flops, read * elements + 4.0 * s["B"] * s["T"], written * elements)
+
+    return of
+
+
+def masked_sdpa(case):
+    """torch's, with a mask [T, T] of documents made beforehand."""
+    T = case.size["T"]
+    keys = torch.arange(T, device=device())
+    mask = (keys <= keys[:, None]) & (keys >= first_keys(case.size, device())[:, None])
+    return lambda q, k, v, first: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def packed_flex(case):
+    """FlexAttention, compiled, with a block mask of documents made beforehand."""
+    needs_cuda("FlexAttention")
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    T, first = case.size["T"], first_keys(case.size, device())
+    mask = create_block_mask(lambda b, h, q, k: (q >= k) & (k >= first[q]), None, None, T, T, device="cuda")
+    torch._dynamo.reset()
+    call = functools.partial(torch.compile(flex_attention, dynamic=False), block_mask=mask)
+    return lambda q, k, v, first: call(q, k, v)
+
+
+def packed_kernels(q, k, v, first):
+    # Whoever records launches has tensors without data, which dispatch would give to the reference.
+    call = importlib.import_module("fastgpt_kernels").attention if q.is_meta else kernel("attention")
+    return call(q, k, v, first=first)
+
+
+LONG = {"B": 4, "H": 12, "T": 4096, "D": 64}
+PACKED = Op(
+    "packed_attention",
+    packed_inputs,
+    {"forward": packed_work(2, 3, 1), "backward": packed_work(5, 5, 3)},
+    {
+        "gpu": [
+            *({"B": 16, "H": 12, "T": 1024, "D": 64, "document": n} for n in (64, 256, 1024)),
+            *({**LONG, "document": n} for n in (64, 256, 1024, 4096)),
+        ],
+        "cpu": [{"B": 1, "H": 4, "T": 1024, "D": 64, "document": n} for n in (64, 1024)],
+        "dry": [{"B": 1, "H": 2, "T": 20, "D": 16, "document": 5}],
+    },
+    gradients=(0, 1, 2),
+    peers={"SDPA masked": masked_sdpa, "FlexAttention": packed_flex},
+    direct=packed_kernels,
+    plain=lambda q, k, v, first: reference.attention(q, k, v, first=first),
+)
+OPS = (ATTENTION, PACKED)

@@ -27,6 +27,8 @@ def test_training_flops_are_llm_c_s():
     [  # GPT-2 124M at 16 x 1024 tokens in 16 bits
         (attention.ATTENTION.work["forward"]({"B": 16, "H": 12, "T": 1024, "D": 64}, 2), 25.8, 101),
         (attention.ATTENTION.work["backward"]({"B": 16, "H": 12, "T": 1024, "D": 64}, 2), 64.4, 201),
+        # 16 x 12 heads, 16 documents each of 64 * 65 / 2 = 2080 pairs, 4 x 64 FLOPs a pair
+        (attention.PACKED.work["forward"]({"B": 16, "H": 12, "T": 1024, "D": 64, "document": 64}, 2), 1.636, 100.7),
         (linear.PLAIN.work["forward"]({"M": 16384, "K": 768, "N": 2304}, 2), 58.0, 104),
         (layer_norm.LAYER_NORM.work["forward"]({"rows": 16384, "width": 768}, 2), 0.1, 50),
         (layer_norm.ADD_LAYER_NORM.work["backward"]({"rows": 16384, "width": 768}, 2), 0.1, 101),
