@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	$(BIN)/fastgpt demo
 
 test: $(VENV)/.tested
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/ptx_machine
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/fake_gpu
 
