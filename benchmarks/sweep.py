@@ -88,7 +88,9 @@ def _grid(**values: Sequence[Any]) -> tuple[dict[str, Any], ...]:
 def _attention(place: str) -> Chosen:
     module, _, name = place.partition(".")
     kernels = importlib.import_module(f"fastgpt_kernels.{module}")
-    return lambda case, capability, _: getattr(kernels, name)(capability, case.size["D"], case.torch_dtype, False)
+    return lambda case, capability, _: getattr(kernels, name)(
+        capability, case.size["D"], case.torch_dtype, False, False
+    )
 
 
 def _gemm(case: Case, capability: int, multiprocessors: int) -> Any:

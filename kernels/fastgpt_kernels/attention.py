@@ -50,7 +50,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # random words take registers, so most tiles are half as large with it.
 
 
-def _fwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool) -> dict[str, Any]:
+def _fwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool, documents: bool) -> dict[str, Any]:
     wide = arch // 10 in (9, 10)
     maxnreg = None
     if dtype == torch.float64:
@@ -62,7 +62,8 @@ def _fwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool) ->
         if arch in (86, 89) and 64 < head_size <= 128 and ieee(dtype):
             maxnreg = 96  # left alone, ptxas spills at D = 96 to stay under 65 registers
     elif head_size <= 64:  # two programs an SM: one's exp2 runs under the other's products
-        m, n, stages, warps = 64 if dropout else 128, 64, 3, 4
+        half = dropout or (documents and arch // 10 == 8)  # 128 rows spill with documents where mma.sync holds them
+        m, n, stages, warps = 64 if half else 128, 64, 3, 4
     elif head_size <= 128:
         m, n, stages, warps = 128, (128 if arch // 10 == 9 else 64) // (2 if dropout else 1), 2, 8
     else:
@@ -158,7 +159,7 @@ def attention_fwd(q, k, v, first, seed, causal, scale, dropout_p):
     q, k, v = unit_last(q), unit_last(k), unit_last(v)
     B, H, T, D = q.shape
     out, lse = _fwd_fake(q, k, v, first, seed, causal, scale, dropout_p)
-    blocks = _fwd_blocks(arch(q.device), D, q.dtype, seed is not None)
+    blocks = _fwd_blocks(arch(q.device), D, q.dtype, seed is not None, first is not None)
     launch(
         _attention_fwd_kernel,
         (B * H * cdiv(T, blocks["BLOCK_M"]),),
