@@ -1,6 +1,7 @@
 """transformers' GPT-2 on these ops, in place; and each model's weights in the other, without a copy of the network.
 
     accelerate(hf_model)    the same object on other kernels: same parameters, same names; restore(hf_model) undoes it
+    explain(hf_model)       what its last call's attention ran on, and why
     from_hf(hf_model)       -> GPTModel
     to_hf(model)            -> GPT2LMHeadModel
 
@@ -9,9 +10,10 @@ What an accelerated model runs:
     part                               runs on
     norms, residual sum + second norm  ops.layer_norm, ops.add_layer_norm
     c_attn, c_proj, feed-forward       ops.linear, ops.mlp on views of the [in, out] weights, not on copies
-    attention without a mask           ops.attention; one new token on a GPU: ops.decode_attention
-    attention with a mask              torch's scaled_dot_product_attention, as before: the kernels take no mask. That is a batch
-                                       with padding, a static cache while decoding, several new tokens against a cache
+    attention                          ops.attention; one new token on a GPU: ops.decode_attention. Where the kernels run, padding
+                                       and packed documents are first keys for them (masks.py)
+    attention with another mask        torch's scaled_dot_product_attention, as before: masks with holes, [B, 1, T, S] ones, a
+                                       static cache while decoding
     output_attentions=True             transformers' eager attention, in that call: a fused one never has the probabilities
     loss of labels                     ops.cross_entropy on the logits; with return_logits=False ops.linear_cross_entropy
 
@@ -31,6 +33,6 @@ if importlib.util.find_spec("transformers") is None:
     raise ModuleNotFoundError("fastgpt.compat.huggingface needs transformers: pip install 'fastgpt-triton[hf]'")
 
 from fastgpt.compat.huggingface.convert import from_hf, to_hf
-from fastgpt.compat.huggingface.inplace import accelerate, restore
+from fastgpt.compat.huggingface.inplace import accelerate, explain, restore
 
-__all__ = ["accelerate", "from_hf", "restore", "to_hf"]
+__all__ = ["accelerate", "explain", "from_hf", "restore", "to_hf"]

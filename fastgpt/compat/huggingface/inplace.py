@@ -11,11 +11,13 @@ from transformers import __version__ as transformers_version
 from transformers.models.gpt2 import modeling_gpt2
 
 from fastgpt.checkpoints import dialects
+from fastgpt.compat.huggingface.masks import first_keys
 from fastgpt.compat.huggingface.modules import ATTENTION, ORIGINALS, SWAPS, WEIGHTS, LayerNorm, causal_lm_loss
 from fastgpt.config import ContextLengthError
 
 OLDEST = (5, 17)  # the oldest transformers that this is tested with; blocks of 5.0 return tuples
 ATTRIBUTE = "_fastgpt_replaced_attention"  # of an accelerated model: the attention implementation to go back to
+TAKEN = "_fastgpt_attention_taken"  # of its GPT2Model: what the last call's attention ran on, and why
 _PARAMETERS = tuple(inspect.signature(modeling_gpt2.GPT2Model.forward).parameters)[1:]
 # What GPT-2 of transformers 4 acted on and 5 takes and ignores: the answer would be another than the caller believes.
 _IGNORED = ("head_mask", "cross_attn_head_mask", "past", "layer_past")
@@ -103,19 +105,49 @@ def restore(hf_model: _Model) -> _Model:
     if hf_model.config._attn_implementation == ATTENTION:  # else somebody chose another since
         hf_model.set_attn_implementation(hf_model.__dict__[ATTRIBUTE])
     delattr(hf_model, ATTRIBUTE)
+    backbone.__dict__.pop(TAKEN, None)
     return hf_model
 
 
+def explain(hf_model: modeling_gpt2.GPT2PreTrainedModel) -> str:
+    """What attention ran on in an accelerated model's last call, and why: "kernels: first keys of padding", "torch: a mask
+    with holes". Raises ValueError for a model that isn't accelerated, or wasn't called yet."""
+    if not isinstance(hf_model, nn.Module) or ATTRIBUTE not in hf_model.__dict__:
+        raise ValueError(f"explain takes a model that accelerate returned, got {type(hf_model).__name__}")
+    taken = hf_model.base_model.__dict__.get(TAKEN)
+    if taken is None:
+        raise ValueError("explain tells of a model's last call, and this one wasn't called since it was accelerated")
+    return taken
+
+
 def _before_forward(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Checks of a GPT2Model's call, and the word to its attention that the probabilities are wanted."""
+    """Checks of a GPT2Model's call; its mask as first keys; the word to its attention that the probabilities are wanted."""
     ignored = [name for name in _IGNORED if kwargs.get(name) is not None]
     if ignored:
         raise TypeError(f"transformers' GPT-2 ignores {', '.join(ignored)}, and fastgpt has no such thing")
     config = backbone.config
-    _check_positions(dict(zip(_PARAMETERS, args, strict=False)) | kwargs, config.max_position_embeddings)
-    if config._attn_implementation == ATTENTION and kwargs.get("output_attentions"):
+    given = dict(zip(_PARAMETERS, args, strict=False)) | kwargs
+    _check_positions(given, config.max_position_embeddings)
+    if config._attn_implementation != ATTENTION:
+        taken = f"transformers: its own {config._attn_implementation} attention was chosen"
+    elif kwargs.get("output_attentions"):
+        taken = "transformers: its eager attention, since output_attentions asks for probabilities"
         kwargs = {**kwargs, WEIGHTS: True}
+    else:
+        mask, taken = first_keys(backbone, given, _keeps_keys(backbone, given))
+        if mask is not given.get("attention_mask"):
+            args, kwargs = (), {**given, "attention_mask": mask}
+    if not torch.compiler.is_compiling():
+        backbone.__dict__[TAKEN] = taken
     return args, kwargs
+
+
+def _keeps_keys(backbone: Any, given: dict[str, Any]) -> bool:
+    """Whether a GPT2Model's call has a cache, as transformers decides it."""
+    asked = given.get("use_cache")
+    asked = backbone.config.use_cache if asked is None else asked
+    recomputes = getattr(backbone, "gradient_checkpointing", False) and backbone.training
+    return given.get("past_key_values") is not None or bool(asked and not recomputes)
 
 
 def _check_positions(given: dict[str, Any], most: int) -> None:

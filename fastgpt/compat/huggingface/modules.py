@@ -36,12 +36,16 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: query [B, H, T, D], key and value [B, H, S, D] -> ([B, T, H, D], None or weights).
 
-    attention_mask is what `sdpa_mask` makes: boolean [B, 1, T, S], or None where `causal` says all. Keywords are transformers'
-    and meant for any attention function, hence those that mean nothing here.
+    attention_mask is what `sdpa_mask` makes: boolean [B, 1, T, S], or None where `causal` says all; or each query's first key as
+    `masks.first_keys` gives it, int32 [B, 1, T, 1]. Keywords are transformers' and meant for any attention function, hence
+    those that mean nothing here.
     """
     T, S = query.shape[2], key.shape[2]
     causal = bool(T > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal))
-    if attention_mask is None and causal and S > T:
+    first: Tensor | None = None
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        first, attention_mask = attention_mask[:, 0, :, 0], None
+    elif attention_mask is None and causal and S > T:
         # Only a fresh static cache comes without a mask: what lies behind the prompt is empty.
         key, value, S = key[:, :, :T], value[:, :, :T], T
     if kwargs.get(WEIGHTS):
@@ -54,9 +58,9 @@ def attention_forward(
     differentiable = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if T == 1 and query.is_cuda and not differentiable and scaling in (None, query.shape[-1] ** -0.5):
         lengths = torch.full((query.shape[0],), S, dtype=torch.int32, device=query.device)
-        out = ops.decode_attention(query, key, value, lengths)
+        out = ops.decode_attention(query, key, value, lengths, None if first is None else first[:, 0].contiguous())
     else:
-        out = ops.attention(query, key, value, causal, scaling, dropout)
+        out = ops.attention(query, key, value, causal or first is not None, scaling, dropout, first=first)
     return out.transpose(1, 2), None
 
 

@@ -145,6 +145,20 @@ def test_an_accelerated_transformers_model(return_logits):
             NONE.check(seen)
 
 
+def test_a_padding_mask_is_read_once():
+    from fastgpt.compat.huggingface import accelerate
+
+    with h100():
+        net, mask = accelerate(transformers_model().eval()), ids(2, 16)
+        with torch.no_grad(), watching() as seen:
+            out = net(input_ids=ids(2, 16), attention_mask=mask, use_cache=True)
+            net(input_ids=ids(2, 16), attention_mask=mask, use_cache=False)
+            COMPAT["a padding mask"].check(seen)
+            with watching() as seen:
+                net(input_ids=ids(2, 1), attention_mask=ids(2, 17), past_key_values=out.past_key_values)
+            COMPAT["a padding mask"].check(seen)
+
+
 @pytest.mark.parametrize("copy", [True, False])
 def test_from_hf_meets_the_engine(copy):
     from fastgpt.compat.huggingface import from_hf
