@@ -82,8 +82,7 @@ class Candidate:
     """A provider ready to be timed.
 
     run: makes `calls` calls and returns what there is to check. check: raises Wrong. refresh: puts new data into the inputs
-    that `run` reads. poison: overwrites what `run` returned. notes: further columns of the row. rest: seconds behind `run` in
-    which its library's idle threads still spin, and would take the cores from whoever is timed next.
+    that `run` reads. poison: overwrites what `run` returned. notes: further columns of the row.
     """
 
     run: Callable[[], Any]
@@ -92,7 +91,6 @@ class Candidate:
     poison: Callable[[Any], None] | None = None
     calls: int = 1
     notes: dict[str, Any] = field(default_factory=dict)
-    rest: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -246,7 +244,6 @@ def measure(candidate: Candidate, ours: Candidate | None, rounds: int, time_roun
 
     def before_each() -> None:
         if ours is not None:
-            time.sleep(candidate.rest)
             paired.append(seconds(ours.run))
 
     samples = time_rounds(candidate.run, before_each, rounds)

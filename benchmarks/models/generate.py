@@ -17,10 +17,8 @@ Besides greedy generation there is sampling at SAMPLED, from the same seed in ea
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import itertools
-import tempfile
 from collections.abc import Callable, Iterator
 
 import torch
@@ -36,7 +34,6 @@ from benchmarks.harness.measure import (
     Work,
     Wrong,
     device,
-    needs,
     needs_cuda,
 )
 from benchmarks.harness.op import interpreting
@@ -51,6 +48,7 @@ from benchmarks.models.providers import (
     spread_model,
     transformers_model,
 )
+from benchmarks.models.translated import ctranslate2_generate
 from fastgpt import GPTConfig, GPTModel, ops
 from fastgpt.inference import engine as engines
 from fastgpt.info import kv_cache_bytes
@@ -82,7 +80,6 @@ UNCACHED = ("fastgpt, no cache", "llms_from_scratch", "nanoGPT")
 UNCACHED_TOKENS = 8
 SAMPLED = {"temperature": 0.8, "top_k": 50}
 CTRANSLATE2 = "CTranslate2"
-RESTS = {CTRANSLATE2: 0.4}  # its OpenMP is Intel's, whose threads spin for 200 ms behind a call (KMP_BLOCKTIME)
 # What a CPU's tables besides the one in fp32 have.
 ON_A_CPU = {"bfloat16": (OURS, "transformers"), "int8": (OURS, CTRANSLATE2), "int4": (OURS,)}
 # How far from the likeliest token what rounds activations to 8 bits may go, in standard deviations of the logits.
@@ -145,8 +142,7 @@ def prepare(name: str, case: Case) -> Candidate:
     if rounded and name == CTRANSLATE2:
         check = functools.partial(check_greedy, slack=ROUNDED_SLACK)
     generate = GENERATORS[name](exact if name == CTRANSLATE2 else model, case)  # that rounds by itself
-    made = candidate(generate, model, case, name in UNCACHED, check_drawn(generate) if name in DRAWN else check)
-    return dataclasses.replace(made, rest=RESTS.get(name, 0.0))
+    return candidate(generate, model, case, name in UNCACHED, check_drawn(generate) if name in DRAWN else check)
 
 
 def check_drawn(generate: Generate) -> Callable[..., None]:
@@ -234,34 +230,6 @@ def transformers_eager(model: GPTModel, case: Case, **settings) -> Generate:
     peer = transformers_model(model)
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, **settings}
     return lambda idx, n: peer.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, **options)
-
-
-def ctranslate2_generate(model: GPTModel, case: Case) -> Generate:
-    """CTranslate2's generator of the same weights, by its own converter of transformers' GPT-2; ids pass as words."""
-    if device().type != "cpu":
-        raise Absent("compared on a CPU only")
-    needs("ctranslate2")
-    import ctranslate2
-    from ctranslate2.converters import transformers as converters
-
-    spec = converters.GPT2Loader().get_model_spec(transformers_model(model))
-    spec.register_vocabulary([str(i) for i in range(model.config.vocab_size)])
-    spec.config.unk_token = spec.config.bos_token = spec.config.eos_token = "0"
-    spec.validate()
-    spec.optimize(quantization=case.dtype)
-    with tempfile.TemporaryDirectory() as directory:
-        spec.save(directory)
-        peer = ctranslate2.Generator(
-            directory, compute_type=case.dtype, intra_threads=torch.get_num_threads(), inter_threads=1
-        )
-    options = {"beam_size": 1, "sampling_topk": 1, "include_prompt_in_result": False, "end_token": []}
-
-    def generate(idx: Tensor, n: int) -> Tensor:
-        prompts = [[str(i) for i in row] for row in idx.tolist()]
-        done = peer.generate_batch(prompts, max_length=n, min_length=n, **options)
-        return torch.cat((idx, torch.tensor([row.sequences_ids[0] for row in done])), dim=1)
-
-    return generate
 
 
 def transformers_static(model: GPTModel, case: Case) -> Generate:

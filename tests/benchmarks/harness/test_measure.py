@@ -144,17 +144,6 @@ def test_a_provider_that_stops_working_while_timed_is_caught():
         measure.measure(candidate, None, 40)
 
 
-def test_whose_threads_spin_on_is_rested_behind(monkeypatch):
-    """What fastgpt's sample would share the cores with: each one begins that much later."""
-    events = []
-    monkeypatch.setattr(measure.time, "sleep", lambda s: events.append(s))
-    peer = measure.Candidate(lambda: events.append("peer"), lambda out: None, rest=0.4)
-    ours = measure.Candidate(lambda: events.append("ours"), lambda out: None)
-    result = measure.measure(peer, ours, 2)
-    assert len(result.ours) == 2
-    assert events[-7:] == [0.4, "ours", "peer", 0.4, "ours", "peer", "peer"]  # the last one is proved
-
-
 def test_generation_counts_ids_and_calls_generate_once_a_sample():
     calls = []
 
