@@ -291,6 +291,20 @@ def _combining_warps(block: int, splits: int) -> int:
     return min(max(block * splits // 1024, 4), 16)
 
 
+def _project(batch: int, block: int, capability: int) -> tuple[int, int | None]:
+    """Columns a program of `project`, and rows in flight where that isn't _window's.
+
+    From 4 rows on, 8 columns with two rows' parts take up to 188 registers of 8 warps: one program a multiprocessor. That is
+    one round of GPT-2's 96 programs on the 108 of an A100 or the 132 of an H100, and two on the 84 of a chip of sm86. With 4
+    columns and one row's parts there (80 registers), three programs fit, and all 192 run at once.
+    """
+    if block > 1024:
+        return PROJECT_ROWS if batch <= 4 else ROWS, None
+    if batch >= 4 and capability in (86, 89):
+        return ROWS, 1
+    return PROJECT_ROWS, None
+
+
 def _all_or_none(*biases: Tensor | None) -> Sequence[Tensor | None]:
     """The biases, zeros for those missing where others are there."""
     given = next((bias for bias in biases if bias is not None), None)
@@ -356,7 +370,9 @@ def decode_token(
     def asks():
         return (None, 0) if ahead is None else ahead.of(next(asked))
 
-    def matrix(w, bias, scales, out, source, norm=None, shift=None, activation=None, rows=ROWS, advance=False):
+    def matrix(
+        w, bias, scales, out, source, norm=None, shift=None, activation=None, rows=ROWS, window=None, advance=False
+    ):
         N, K = out.shape[1], w.shape[1]
         block_k = next_power_of_2(K)
         warps = _combining_warps(block_k, block_s) if source == "parts" else _warps(block_k)
@@ -367,9 +383,10 @@ def decode_token(
             x, norm, shift, eps, hidden, part, lse, positions, splits, w, bias, scales, out, *asks(), B, N,
             K=K, BLOCK_K=block_k, H=H, BLOCK_S=block_s, B=rows_b, ROWS=rows, INPUT=source,
             ACTIVATION=activation, RESIDUAL=out is x, ADVANCE=advance,
-            WINDOW=_window(rows_b, source, warps), PDL=pdl, num_warps=warps, **launch_pdl,
+            WINDOW=window or _window(rows_b, source, warps), PDL=pdl, num_warps=warps, **launch_pdl,
         )  # fmt: skip
 
+    rows, window = _project(rows_b, block, arch(tokens.device))
     for i, layer in enumerate(layers):
         scales = [None] * 6 if weights.scales is None else weights.scales[i]
         biases = _all_or_none(layer.query_bias, layer.key_bias, layer.value_bias)
@@ -385,7 +402,7 @@ def decode_token(
             q.view(B, H, 1, D), keys[i], values[i], positions, part, lse.transpose(1, 2)[:, :, None], SPLIT_KEYS,
             new=1, pdl=pdl,
         )  # fmt: skip
-        matrix(layer.out, layer.out_bias, scales[3], x, "parts", rows=PROJECT_ROWS if B <= 4 or block <= 1024 else ROWS)
+        matrix(layer.out, layer.out_bias, scales[3], x, "parts", rows=rows, window=window)
         matrix(layer.up, layer.up_bias, scales[4], hidden, "norm", layer.norm2, layer.norm2_shift, activation)
         matrix(layer.down, layer.down_bias, scales[5], x, "hidden")
     matrix(

@@ -40,10 +40,6 @@ def quick(tmp_path_factory):
     return finished, json.loads(file.read_text())
 
 
-@pytest.mark.xfail(
-    reason="a token of 4 or 8 rows fits once on sm86: 4 columns a program there, with one row in flight, would mend it",
-    strict=False,
-)
 def test_production_kernels_keep_the_rules(quick):
     finished, report = quick
     assert finished.returncode == 0, "\n".join(line for line in finished.stdout.splitlines() if line.startswith("FAIL"))
