@@ -56,6 +56,27 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=list(left))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call():
+    """A test in which nothing is wrong but what its Triton is known to leave out is an expected failure, named so.
+
+    Its numbers and all other findings have been judged by then: it fails by them as ever.
+    """
+    from ptx_machine import machine
+
+    machine.compilers = taken = []
+    try:
+        result = yield
+    finally:
+        machine.compilers = None
+    if taken:
+        places = len({(f.kernel, f.where) for f in taken})
+        pytest.xfail(
+            f"Triton {machine.triton.__version__} fences no cp.async before wgmma (triton 9610): {places} places"
+        )
+    return result
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -13,6 +13,9 @@ from .floats import RAW
 from .parse import Instruction
 from .report import Report
 
+COPY_UNFENCED = "proxy fence, copy"  # what was missed between a cp.async and an asynchronous read
+_STORED, _COPIED = 1, 2
+
 
 class SharedMemory:
     """The shared memory of the CTAs of a batch, one behind another."""
@@ -32,7 +35,7 @@ class SharedMemory:
         self.read = np.zeros((warps, n), np.int64)
         self.copies: list[Copy] = []
         self.busy = np.zeros(n, np.int32)  # asynchronous operations that read it
-        self.unfenced = np.zeros(n, bool)  # written by threads, with no fence.proxy.async since
+        self.unfenced = np.zeros(n, np.uint8)  # _STORED or _COPIED by threads, with no fence.proxy.async since
         self.readings: dict[str, list[Any]] = {"product": [], "box": []}
         self.atomic_time: dict[tuple[int, int], int] = {}
 
@@ -93,7 +96,7 @@ class SharedMemory:
         index, warp = self.check_write(m, ins, at, size, some, values)
         if index is not None:
             self.write[index] = m.clock * 64 + warp
-            self.unfenced[index] = True
+            self.unfenced[index] = _STORED
         self.views[size][at // size] = values
         if index is not None:
             twice = (self.write[index] & 63) != warp
@@ -222,26 +225,28 @@ class SharedMemory:
     ) -> None:
         if self.races:
             index, _ = self.granules(at, size)
-            if self.unfenced[index].any():
-                i = int(np.flatnonzero(self.unfenced[index])[0])
-                self.report.add(
-                    "proxy fence",
-                    ins,
-                    f"shared byte {self.byte(index[i]):#x} read asynchronously, written by warp "
-                    f"{self.write[index[i]] & 63} without fence.proxy.async since",
-                )
+            for how, found, verb in ((_STORED, "proxy fence", "written"), (_COPIED, COPY_UNFENCED, "copied")):
+                unfenced = np.flatnonzero(self.unfenced[index] == how)
+                if len(unfenced):
+                    i = int(unfenced[0])
+                    self.report.add(
+                        found,
+                        ins,
+                        f"shared byte {self.byte(index[i]):#x} read asynchronously, {verb} by warp "
+                        f"{self.write[index[i]] & 63} without fence.proxy.async since",
+                    )
             self.busy[index] += 1  # what an operation names twice counts once, here and in `finish`
             self.readings[kind].append(Reading(index, warp, who, group))
 
     def fence(self, m: Any, mask: np.ndarray | None) -> None:
         """fence.proxy.async: what these warps wrote may be read asynchronously."""
         if mask is None:
-            self.unfenced[:] = False
+            self.unfenced[:] = 0
         elif self.unfenced.any():
             here = mask.reshape(-1, self.warps, 32).any(2)
             index = np.flatnonzero(self.unfenced)
             cta, warp = index * self.granule // self.stride, self.write[index] & 63
-            self.unfenced[index[here[cta, np.minimum(warp, self.warps - 1)]]] = False
+            self.unfenced[index[here[cta, np.minimum(warp, self.warps - 1)]]] = 0
 
     def finish(self, m: Any, kind: str, done: Any) -> None:
         rest = []
@@ -258,7 +263,7 @@ class SharedMemory:
         self.views[data.itemsize][at // data.itemsize] = data
         if self.races:
             index, _ = self.granules(chunks, 16)
-            self.write[index], self.unfenced[index] = 64, False
+            self.write[index], self.unfenced[index] = 64, 0
 
     # cp.async
 
@@ -293,7 +298,7 @@ class SharedMemory:
         self.views[data.itemsize][at // data.itemsize] = data
         if self.races:
             index, count = self.granules(at, data.itemsize)
-            self.write[index], self.unfenced[index] = m.clock * 64 + np.repeat(m.warp_of(lanes), count), True
+            self.write[index], self.unfenced[index] = m.clock * 64 + np.repeat(m.warp_of(lanes), count), _COPIED
 
 
 class LocalMemory:

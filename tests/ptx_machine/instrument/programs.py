@@ -17,7 +17,7 @@ def on(arch, **options):
 
 
 def kinds(m):
-    return {f.kind for f in m.report.errors}
+    return {f.kind for f in m.errors()}
 
 
 def cut(pattern, which):

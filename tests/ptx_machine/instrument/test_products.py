@@ -68,7 +68,7 @@ def test_each_barrier_is_needed_or_redundant(arch, run):
         with on(arch, strict=False, change=cut(r"bar\.sync", which)) as m:
             run(m)
         assert kinds(m) <= {"shared race", "asynchronous copy", "uninitialised"}
-        caught += bool(m.report.errors)
+        caught += bool(m.errors())
     print(f"{run.__name__}: {caught} of {count} deleted barriers show")
     assert caught >= count // 2
 

@@ -67,7 +67,7 @@ class Subject:
                 m.run(kernel, grid, *args, **kwargs)
             except MachineError as error:
                 return {"hangs" if "deadlock" in str(error) or "out of time" in str(error) else "fails"}, []
-        return {f.kind for f in m.report.errors}, [t.numpy().tobytes() for t, _ in memory]
+        return {f.kind for f in m.errors()}, [t.numpy().tobytes() for t, _ in memory]
 
     @functools.cached_property
     def sound(self) -> tuple[str, list[bytes]]:
