@@ -22,7 +22,7 @@ from fastgpt.text.documents import find, read_documents
 from fastgpt.text.shards import Tokens, holds_tokens, open_tokens, tokenizer_beside
 from fastgpt.text.tokenizer import SymbolTokenizer, Tokenizer, load_tokenizer
 from fastgpt.training import Trainer, checkpoint, new_model, progress
-from fastgpt.training.distributed import World, launched
+from fastgpt.training.distributed import World, launched, leave
 from fastgpt.training.loop import SETTINGS
 from fastgpt.training.lora import add_lora
 from fastgpt.training.settings import RunSettings, given, make, read_toml
@@ -33,11 +33,14 @@ Split = tuple[
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """The exit status: that of the signal, where one ended the run before its last step."""
+    """The exit status: that of the signal, where one ended the run before its last step. One process of several ends here."""
     device = pick_device(arguments.device)
     settings = _settings(arguments, device)
     with launched(device) as world:
-        return _run(arguments, settings, world)
+        status = _run(arguments, settings, world)
+    if world.size > 1:
+        leave(status)
+    return status
 
 
 def _settings(arguments: argparse.Namespace, device: torch.device) -> RunSettings:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -80,6 +81,18 @@ def launched(device: torch.device | None = None) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """End this process of a torchrun launch with `status`, and without Python's own end.
+
+    DTensor's caches keep the process group, and so gloo's threads, beyond destroy_process_group. One that drops its last tensor
+    while Python ends takes a lock that is gone, and the process aborts with all its work done:
+    https://github.com/pytorch/pytorch/issues/190489.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 class _Loss(nn.Module):
