@@ -107,6 +107,14 @@ def test_python_runs(checkout):
     assert len(printed[-1]) > 40
 
 
+def test_python_is_typed(tmp_path):
+    api = pytest.importorskip("mypy.api", reason="needs mypy")
+    (code,) = [block for language, block in BLOCKS if language == "python"]
+    (tmp_path / "block.py").write_text(code)
+    said, errors, status = api.run(["--config-file", str(ROOT / "pyproject.toml"), str(tmp_path / "block.py")])
+    assert status == 0, said + errors
+
+
 @pytest.mark.parametrize("diff", [block for language, block in BLOCKS if language == "diff"])
 def test_one_line_is_enough(diff, checkout):
     """The code after the change runs; a changed import gives every name that it gave before."""

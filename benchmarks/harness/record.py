@@ -17,6 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+CPU = "cpu"  # how the folders of machines without a GPU begin
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "llms-from-scratch", "tiktoken", "tokenizers")
 # Peers that few have: named in a record where they are installed.
@@ -32,17 +33,22 @@ STATE = {
 
 
 def machine_name() -> str:
-    """The folder of results/ that this machine's records belong in."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    """The folder of results/ that this machine's records belong in: "nvidia-h100-80gb-hbm3", "cpu-amd-epyc"."""
+    if torch.cuda.is_available():
+        return _slug(torch.cuda.get_device_name())
+    family = re.sub(r"\(\w+\)|@.*|\bprocessor\b|\bcpu\b|\b\S*\d\S*", " ", cpu_name(), flags=re.IGNORECASE)
+    return f"{CPU}-{_slug(family)}".rstrip("-")
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def run_record(command: str, timestamp: str, **more: Any) -> dict[str, Any]:
     """Machine, versions, commit and command of a run. `timestamp` is the caller's; what can't be had is null."""
     record: dict[str, Any] = {
         "timestamp": timestamp,
-        "command": command,
+        "command": command.replace(f"{ROOT}{os.sep}", ""),
         "commit": _git("rev-parse", "HEAD"),
         "changed_since_commit": bool(_git("status", "--porcelain", "--", "fastgpt", "kernels")),
         "sources": source_digest(),

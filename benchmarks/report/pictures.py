@@ -21,7 +21,7 @@ from benchmarks.harness.growth import growth
 from benchmarks.harness.measure import INT8, OURS
 from benchmarks.models.curve import FILE as CURVE
 from benchmarks.report.readme import DTYPES, SIZES, first_case
-from benchmarks.report.report import load, number
+from benchmarks.report.report import cpus, load, number
 
 Row = dict[str, Any]
 Point = tuple[float, float]
@@ -45,11 +45,16 @@ polyline.ours, line.ours { stroke: #0969da } polyline.peer, line.peer { stroke: 
 
 def pictures(results: Path) -> dict[str, str]:
     """File name -> SVG, of what is recorded: of the CPU, which is what everybody has."""
-    _, _, rows = load(results / "cpu")
-    made = {"peers.svg": peers(rows), "context.svg": context(rows)}
-    record = results / "cpu" / CURVE
-    if record.is_file():
-        made["loss.svg"] = loss(json.loads(record.read_text(encoding="utf-8"))["log"])
+    made: dict[str, str] = {}
+    for directory in cpus(results):  # the first that has what a picture needs
+        _, _, rows = load(directory)
+        names = {row["benchmark"] for row in rows}
+        if "generate" in names:
+            made.setdefault("peers.svg", peers(rows))
+        if "next_token" in names:
+            made.setdefault("context.svg", context(rows))
+        if (directory / CURVE).is_file():
+            made.setdefault("loss.svg", loss(json.loads((directory / CURVE).read_text(encoding="utf-8"))["log"]))
     return made
 
 
@@ -74,9 +79,7 @@ def text(x: float, y: float, words: str, kind: str = "") -> str:
 def peers(rows: Sequence[Row]) -> str:
     """A panel a task and dtype, a bar a provider, as long as the median ratio says. Of fastgpt's other forms, int8 alone."""
     left, right, bar, y = 236, WIDTH - 180, 18, 34.0
-    parts = [
-        text(20, y - 6, "Speed of GPT-2 124M on two CPU cores, timed in turn with fastgpt; longer is faster", "title")
-    ]
+    parts = [text(20, y - 6, "Speed of GPT-2 124M on two cores, timed in turn with fastgpt; longer is faster", "title")]
     for title, chosen in panels(rows):
         y += 24
         parts.append(text(20, y, title, "muted"))
@@ -181,7 +184,7 @@ def context(rows: Sequence[Row]) -> str:
         )
         for name, kind in ((OURS, "ours"), ("fastgpt, no cache", "peer"))
     ]
-    title = f"One more token of GPT-2 {SIZES[sizes['model']]} on two CPU cores, ms"
+    title = f"One more token of GPT-2 {SIZES[sizes['model']]} on two cores, ms"
     return chart(title, "tokens before it", lines)
 
 
@@ -191,7 +194,7 @@ def loss(log: Sequence[Row]) -> str:
         for key, label, kind in (("loss", "training batches", "peer"), ("validation_loss", "held-out text", "ours"))
     ]
     return chart(
-        "Loss of README's training command on two CPU cores, nats a token",
+        "Loss of README's training command on two cores, nats a token",
         "step",
         [line for line in lines if line.points],
         None,

@@ -12,7 +12,7 @@ from benchmarks.harness.floors import rate
 from benchmarks.harness.growth import growth, power
 from benchmarks.harness.measure import INT8, OURS
 from benchmarks.report.first import predictions_table
-from benchmarks.report.report import ahead_lines, left_out, load, machine, markdown, number, ratio
+from benchmarks.report.report import ahead_lines, cpus, gpus, is_cpu, left_out, load, machine, markdown, number, ratio
 
 Row = dict[str, Any]
 NOT_YET = "not yet measured"
@@ -50,8 +50,7 @@ def results_page(results: Path) -> str:
         "",
         PICTURES,
         "",
-        cpu(results),
-        "",
+        *(line for directory in cpus(results) for line in (cpu(directory), "")),
         "## On a GPU",
         "",
         gpu(results),
@@ -61,41 +60,47 @@ def results_page(results: Path) -> str:
 
 def small(results: Path) -> str:
     """README's table: GPT-2 beside the fastest peer, a line a task and dtype, and what a token costs with and without a cache."""
-    header = ("GPT-2", "fastgpt", "fastest peer", "fastgpt is")
-    body = [line for directory in (results / "cpu", *gpus(results)) for line in _lines(directory)]
-    body += [] if gpus(results) else [["on a GPU", NOT_YET, "", ""]]
+    header = ("GPT-2", "on", "fastgpt", "fastest peer", "fastgpt is")
+    body = [line for directory in (*cpus(results), *gpus(results)) for line in _lines(directory)]
+    body += [] if gpus(results) else [["", "a GPU", NOT_YET, "", ""]]
     return markdown(header, body)
 
 
 def _lines(directory: Path) -> list[list[str]]:
     runs, _, rows = load(directory)
-    where = "two CPU cores" if directory.name == "cpu" else runs[0]["device"] if runs else ""
+    device = runs[0]["device"] if runs else ""
+    where = device
+    if is_cpu(directory):
+        where = re.sub(r"\(\w+\)| Processor| @ [^,]*", "", device).replace("threads", "cores")
     body = []
     for name, what in (("generate", "generating"), ("train_step", "training")):
         for dtype in dict.fromkeys(row["dtype"] for row in rows if row["benchmark"] == name):
             chosen = first_case([row for row in rows if row["dtype"] == dtype], name)
             (mine,) = of(chosen, OURS)
-            title = f"{what} on {where}: {SIZES[mine['size']['model']]}, batch {mine['size']['batch']}, {DTYPES[dtype]}"
+            title = f"{what}: {SIZES[mine['size']['model']]}, batch {mine['size']['batch']}, {DTYPES[dtype]}"
             best = best_row(rows, mine)
             peer = [f"{best['provider']}, {number(best['rate'])}", ratio(best)] if best else ["", ""]
-            body.append([title, f"{number(mine['rate'])} tokens/s", *peer])
+            body.append([title, where, f"{number(mine['rate'])} tokens/s", *peer])
             for row in chosen:
                 if row["provider"] == INT8 and row["status"] == "ok":
-                    body.append([f"{title}, weights in int8", f"{number(row['rate'])} tokens/s", "", ""])
+                    body.append([f"{title}, weights in int8", where, f"{number(row['rate'])} tokens/s", "", ""])
     tokens = [row for row in rows if row["benchmark"] == "next_token" and "ms" in row]
     if tokens:
         longest = max(row["size"]["context"] for row in tokens)
         last = [row for row in tokens if row["size"]["context"] == longest]
         mine, uncached = of(last, OURS, "fastgpt, no cache")
-        title = f"one more token on {where} behind {longest:,}: {SIZES[mine['size']['model']]}, {DTYPES[mine['dtype']]}"
-        body.append([title, f"{number(mine['ms'])} ms", f"without a cache, {number(uncached['ms'])}", ratio(uncached)])
+        title = f"one more token behind {longest:,}: {SIZES[mine['size']['model']]}, {DTYPES[mine['dtype']]}"
+        body.append(
+            [title, where, f"{number(mine['ms'])} ms", f"without a cache, {number(uncached['ms'])}", ratio(uncached)]
+        )
     return body
 
 
-def cpu(results: Path) -> str:
-    runs, floors, rows = load(results / "cpu")
+def cpu(directory: Path) -> str:
+    """Every table of one processor, under its name."""
+    runs, floors, rows = load(directory)
     bandwidth, products = rate(floors, "read"), rate(floors, "matmul")
-    lines = [*dict.fromkeys(f"- {machine(run)}." for run in runs)]
+    lines = [f"### {runs[0]['device']}", "", *dict.fromkeys(f"- {machine(run)}." for run in runs)]
     if bandwidth:
         lines.append(
             f"- It reads {bandwidth:.1f} GB/s"
@@ -229,10 +234,6 @@ def first_case(rows: Sequence[Row], name: str) -> list[Row]:
 
 def of(rows: Sequence[Row], *providers: str) -> list[Row]:
     return [next(row for row in rows if row["provider"] == name) for name in providers]
-
-
-def gpus(results: Path) -> list[Path]:
-    return sorted(path for path in results.iterdir() if path.is_dir() and path.name != "cpu")
 
 
 SECTIONS: dict[str, Callable[[Path], str]] = {"table": small}

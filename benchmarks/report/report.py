@@ -19,7 +19,8 @@ from typing import Any
 from benchmarks.harness.floors import rate
 from benchmarks.harness.floors import table as floors_table
 from benchmarks.harness.growth import growth, power
-from benchmarks.harness.measure import INT8, OURS, timing
+from benchmarks.harness.measure import OURS, timing
+from benchmarks.harness.record import CPU
 from benchmarks.report import plots
 from fastgpt.training.progress import PEAK_TFLOPS
 
@@ -67,7 +68,12 @@ def load(directory: Path) -> tuple[list[dict], list[Row], list[Row]]:
             for row in held["rows"]
             if row["benchmark"] not in ("floors", "sweep")
         ]
-    found = [derived(row, floors, runs[row["run"]]) for row in pooled(rows)]
+    measured = groups.get("floors", {"runs": []})["runs"]
+
+    def same_machine(run: dict) -> list[Row]:
+        return [floor for floor in floors if measured[floor["run"]].get("device") == run.get("device")]
+
+    found = [derived(row, same_machine(runs[row["run"]]), runs[row["run"]]) for row in pooled(rows)]
     ours = {(row["benchmark"], row["case"]): row for row in found if row["provider"] == OURS}
     first = {(*_prompt(row), row["provider"]): row for row in found if row["benchmark"] == "prefill" and "ms" in row}
     for row in found:
@@ -79,6 +85,18 @@ def load(directory: Path) -> tuple[list[dict], list[Row], list[Row]]:
             after, made = row["ms"] - before["ms"], row.get("new_tokens", row["size"]["new"])
             row["token_us"] = 1e3 * after / (made - 1)
     return runs, floors, found
+
+
+def cpus(results: Path) -> list[Path]:
+    return sorted(path for path in results.iterdir() if path.is_dir() and is_cpu(path))
+
+
+def gpus(results: Path) -> list[Path]:
+    return sorted(path for path in results.iterdir() if path.is_dir() and not is_cpu(path))
+
+
+def is_cpu(directory: Path) -> bool:
+    return directory.name.partition("-")[0] == CPU
 
 
 def _prompt(row: Row) -> tuple[Any, ...]:
@@ -146,8 +164,8 @@ def derived(row: Row, floors: Sequence[Row], run: dict) -> Row:
 
 def behind(rows: Sequence[Row]) -> list[Row]:
     """Rows of peers that were faster than fastgpt beyond the noise, the fastest first: four ratios in five are below 1."""
-    same = [row for row in rows if row.get("provider") != INT8]
-    found = [row for row in same if row.get("fastgpt_is", 1.0) < NEARLY and row.get("fastgpt_is_p80", 1.0) < 1.0]
+    peers = [row for row in rows if not row.get("provider", "").startswith(OURS)]
+    found = [row for row in peers if row.get("fastgpt_is", 1.0) < NEARLY and row.get("fastgpt_is_p80", 1.0) < 1.0]
     return sorted(found, key=lambda row: row["fastgpt_is"])
 
 

@@ -160,8 +160,8 @@ def replayed(mask, p):
     ("shape", "causal"), [((1, 2, 37, 45, 16), True), ((1, 1, 20, 40, 80), True), ((1, 2, 33, 20, 8), False)]
 )
 def test_dropout_replayed_in_float64(shape, causal, dtype, device):
-    # Where one key has half of a query's weight, as under seeds 5 and 11, rounding delta = dout . out makes three times the error of
-    # the sum over keys that autograd takes. The same formulas in plain torch do too: 6.6e-7 and 6.9e-7 in dq, autograd 2.4e-7.
+    # Where one key has half of a query's weight, as under seeds 5 and 11, rounding delta = dout . out makes three times the
+    # error of the sum over keys that autograd takes. The same formulas in plain torch do too: 6.6e-7 and 6.9e-7, autograd 2.4e-7.
     p, seed = 0.25, 6
     mask = dropout_mask(*shape[:4], p, seed, device)
 

@@ -19,6 +19,31 @@ def test_samples_of_another_run_are_not_pooled(tmp_path):
     assert [row["ms"] for row in rows if row["provider"] == "fastgpt" and not row["grows"]] == [6.0]
 
 
+def test_floors_are_of_the_same_machine(tmp_path):
+    sample_results(tmp_path)
+    before = [row for row in report.load(tmp_path)[2] if "floor_ms" in row]
+    store = record.Store(tmp_path, "kernels")
+    store.start({**store.runs[0], "device": "another"})
+    store.add(sample_rows()[0])
+    after = [row for row in report.load(tmp_path)[2] if "floor_ms" in row]
+    assert len(after) == len(before) - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("AMD EPYC 9B14 96-Core Processor", "cpu-amd-epyc"),
+        ("Intel(R) Xeon(R) Processor @ 2.80GHz", "cpu-intel-xeon"),
+        ("x86_64", "cpu"),
+    ],
+)
+def test_processors_have_folders_of_their_own(name, folder, monkeypatch):
+    monkeypatch.setattr(record, "cpu_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert record.machine_name() == folder
+    assert report.is_cpu(RESULTS / folder)
+
+
 def test_a_range_that_contradicts_its_pairs_is_not_shown():
     """Medians of pairs without percentiles: fastgpt was slower when it was alone."""
     mine = {"rate": 2.0, "ms": 500.0, "p20": 490.0, "p80": 510.0}
@@ -57,7 +82,8 @@ def test_records_survive_and_are_gone_on_with(tmp_path):
 
 
 def test_a_record_says_what_it_was_measured_on():
-    run = record.run_record("a command", "2026-01-01T00:00:00+00:00")
+    run = record.run_record(f"pytest {RESULTS.parent}", "2026-01-01T00:00:00+00:00")
+    assert run["command"] == "pytest benchmarks"
     assert run["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert run["timestamp"] == "2026-01-01T00:00:00+00:00"
     assert run["cpu"]
