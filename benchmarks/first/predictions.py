@@ -219,7 +219,7 @@ PREDICTIONS = (
         "sweep attention-backward",
     ),
     Prediction(
-        "attention forward", 290, 290, "TFLOP/s", teraflops("attention", "T=1024 .*forward"), "keys and values by TMA"
+        "attention forward", 290, 290, "TFLOP/s", teraflops("attention", "T=1024 .*forward"), "sweep attention-forward"
     ),
     Prediction(
         "chunks of 2 GiB in the loss, beside 512 MiB: times as fast",

@@ -32,9 +32,24 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._attention_mask import first_keys, keep, keep_scale, kept_share, key_range, query_range, visible
-from ._heads import add_dot, dot_heads, head_constants, ieee, load_head, scale_head, store_head, unit_last, zero_head
+from ._heads import (
+    add_dot,
+    boxes,
+    describable,
+    dot_heads,
+    fetched,
+    head_constants,
+    ieee,
+    load_head,
+    next_head,
+    scale_head,
+    store_head,
+    unit_last,
+    zero_head,
+)
 from ._launch import arch, cdiv, launch, register
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -62,7 +77,11 @@ def _bwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool, do
     elif head_size > 128:
         m, n, stages, warps = 32, 32, 1, 8
     elif arch // 10 in (9, 10):
-        m, n, stages, warps = 32 if dropout and head_size > 64 else 64, 128, 3 if head_size <= 64 else 2, 8
+        narrow = head_size > 64 and (dropout or (documents and head_size > 96))
+        m, n = 32 if narrow else 64, 64 if dropout and documents and head_size > 96 else 128
+        # Of D = 128 in two stages, ptxas spills 16 bytes on sm90.
+        deep = head_size <= 64 or (head_size > 96 and not narrow and arch // 10 == 9)
+        stages, warps = 3 if deep else 2, 8
     else:
         m, n, stages, warps = 32 if 64 < head_size <= 96 else 64, 64, 2, 4 if head_size <= 64 else 8
         if dropout and arch >= 120:
@@ -103,7 +122,8 @@ def _attention_statistics_kernel(
 
 @triton.jit(do_not_specialize=["T", "S"])
 def _attention_bwd_kernel(
-    q_ptr, k_ptr, v_ptr, first_ptr, dout_ptr, statistics_ptr, seed_ptr, dq_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, q_box, q_rest, k_box, k_rest, v_box, v_rest, dout_box, dout_rest,
+    first_ptr, dout_ptr, statistics_ptr, seed_ptr, dq_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gt, stride_dqb, stride_dqt, stride_dkb, stride_dks, H, T, S, scale, kept,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_INNER: tl.constexpr, BLOCK_OWN: tl.constexpr,
@@ -113,7 +133,8 @@ def _attention_bwd_kernel(
     blocks = key_blocks + tl.cdiv(T, BLOCK_OWN)
     head = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    b_at, h_at = head // H, head % H
+    b, h = b_at.to(tl.int64), h_at.to(tl.int64)
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
@@ -143,10 +164,12 @@ def _attention_bwd_kernel(
             for tile in range(begin, whole):
                 row = tile * BLOCK_INNER
                 rows = row + tl.arange(0, BLOCK_INNER)
-                # Past the last query that one is read again: with max = +inf its p is 0 or, where it is NaN already, NaN.
+                # Past the last query that one is read again, or zeros: with max = +inf p is 0 or, of a NaN or Inf, NaN.
                 near = tl.minimum(rows, T - 1)
-                q = load_head(q_ptr, near, stride_qt, T, D, BLOCK_D, BLOCK_E, False)
-                dout = load_head(dout_ptr, near, stride_gt, T, D, BLOCK_D, BLOCK_E, False)
+                q = next_head(q_ptr, q_box, q_rest, near, stride_qt, b_at, h_at, row, T, D, BLOCK_D, BLOCK_E, False)
+                dout = next_head(
+                    dout_ptr, dout_box, dout_rest, near, stride_gt, b_at, h_at, row, T, D, BLOCK_D, BLOCK_E, False
+                )
                 # Statistics behind both products, to hold fewer registers.
                 scores_t = dot_heads(k, q, PRECISION, ACC)
                 dp_t = dot_heads(v, dout, PRECISION, ACC)
@@ -195,8 +218,8 @@ def _attention_bwd_kernel(
                 begin, whole = ragged, end
             for col in range(begin, whole, BLOCK_INNER):
                 cols = col + tl.arange(0, BLOCK_INNER)
-                k = load_head(k_ptr, cols, stride_ks, S, D, BLOCK_D, BLOCK_E, PART != 1)
-                v = load_head(v_ptr, cols, stride_vs, S, D, BLOCK_D, BLOCK_E, PART != 1)
+                k = next_head(k_ptr, k_box, k_rest, cols, stride_ks, b_at, h_at, col, S, D, BLOCK_D, BLOCK_E, PART != 1)
+                v = next_head(v_ptr, v_box, v_rest, cols, stride_vs, b_at, h_at, col, S, D, BLOCK_D, BLOCK_E, PART != 1)
                 scores = dot_heads(q, k, PRECISION, ACC)
                 dp = dot_heads(dout, v, PRECISION, ACC)
                 s = scores * scale_log2 - high[:, None]
@@ -253,10 +276,15 @@ def attention_bwd(dout, q, k, v, first, out, lse, seed, causal, scale, dropout_p
         PADDING=PADDING,
     )
     blocks = _bwd_blocks(arch(q.device), D, q.dtype, seed is not None, first is not None)
+    walked = q, k, v, dout
+    tiles: list[TensorDescriptor | None] = [None] * 8
+    if fetched(*walked):
+        walked = q, k, v, dout = describable(q), describable(k), describable(v), describable(dout)
+        tiles = [box for x in walked for box in boxes(x, blocks["BLOCK_INNER"], head)]
     launch(
         _attention_bwd_kernel,
         (B * H * (cdiv(S, blocks["BLOCK_OWN"]) + cdiv(T, blocks["BLOCK_OWN"])),),
-        *(q, k, v, first, dout, statistics, seed, dq, dk, dv),
+        *(q, k, v, *tiles, first, dout, statistics, seed, dq, dk, dv),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3]),
         *(dq.stride(0), dq.stride(2), dk.stride(0), dk.stride(2)),
         *(H, T, S, scale, kept),

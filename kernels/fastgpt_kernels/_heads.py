@@ -3,16 +3,24 @@
 Triton's tiles are powers of two. Padding a head of 80 columns to 128 would cost 1.6 times its products, shared memory and
 registers, so where two tiles waste less (80 = 64 + 16, 96 = 64 + 32) a head tile is the tuple of them, and otherwise of one.
 https://github.com/ROCm/aiter/issues/3858 found the split ahead of padding.
+
+Where products are asynchronous (Hopper, B200), the tiles that a loop walks over are boxes of tensor descriptors: the memory
+accelerator fetches them, and so no address is computed for them and no fence is wanted between a copy and a product, which
+Triton 3.6 leaves out (https://github.com/triton-lang/triton/pull/9610). Elsewhere they are read by pointers.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import next_power_of_2, tf32
+from ._launch import arch, asynchronous, next_power_of_2, tf32
 
 
 def ieee(dtype: torch.dtype) -> bool:
@@ -20,7 +28,7 @@ def ieee(dtype: torch.dtype) -> bool:
     return dtype == torch.float64 or (dtype == torch.float32 and not tf32(dtype))
 
 
-def head_constants(q: Tensor) -> dict[str, object]:
+def head_constants(q: Tensor) -> dict[str, Any]:
     """D, BLOCK_D, BLOCK_E and how products are computed, for kernels that take heads of q's size and dtype."""
     size = q.shape[-1]
     first = max(16, 1 << (size.bit_length() - 1))
@@ -37,6 +45,31 @@ def head_constants(q: Tensor) -> dict[str, object]:
 def unit_last(x: Tensor) -> Tensor:
     """x, copied if its last stride isn't 1."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def fetched(*heads: Tensor) -> bool:
+    """Whether kernels fetch tiles of these heads, on their device and in their dtype, as boxes."""
+    return asynchronous(arch(heads[0].device), heads[0].dtype) and all(x.numel() > 0 for x in heads)
+
+
+def describable(x: Tensor) -> Tensor:
+    """x [B, H, T, D], whose last stride is 1; copied where a descriptor can't have it, rows padded to 16 bytes."""
+    step = 16 // x.itemsize
+    strides = [stride for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
+    if x.data_ptr() % 16 == 0 and all(stride > 0 and stride % step == 0 for stride in strides):
+        return x
+    return F.pad(x, (0, -x.shape[3] % step))[..., : x.shape[3]]
+
+
+def boxes(x: Tensor, rows: int, head: dict[str, Any]) -> tuple[TensorDescriptor, TensorDescriptor | None]:
+    """Descriptors of a `describable` x [B, H, T, D] for `next_head`: boxes of `rows` by BLOCK_D, and by BLOCK_E or None."""
+    step = 16 // x.itemsize
+    strides = [stride if size > 1 else step for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True)]
+
+    def described(width: int) -> TensorDescriptor:
+        return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, width])
+
+    return described(head["BLOCK_D"]), described(head["BLOCK_E"]) if head["BLOCK_E"] else None
 
 
 @triton.jit
@@ -60,6 +93,25 @@ def load_head(
         return (first,)
     else:
         return first, _load_part(ptr, rows, stride, limit, D, BLOCK_D, BLOCK_E, CHECK)
+
+
+@triton.jit
+def next_head(
+    ptr, box, rest, rows, stride, b, h, row, limit,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
+    """load_head of `rows`, which begin at `row`, by the descriptors `box` and `rest` of `boxes` where there are some.
+
+    A box reads as zero past the end of x, whatever CHECK and `rows` say.
+    """
+    if box is None:
+        return load_head(ptr, rows, stride, limit, D, BLOCK_D, BLOCK_E, CHECK)
+    else:
+        first = box.load([b, h, row, 0]).reshape([rows.shape[0], BLOCK_D])
+        if BLOCK_E == 0:
+            return (first,)
+        else:
+            return first, rest.load([b, h, row, BLOCK_D]).reshape([rows.shape[0], BLOCK_E])
 
 
 @triton.jit

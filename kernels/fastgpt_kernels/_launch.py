@@ -180,6 +180,11 @@ def tf32(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+def asynchronous(capability: int, dtype: torch.dtype) -> bool:
+    """Whether products are wgmma's or tcgen05's, fed by the memory accelerator. sm120 has mma.sync, as Ampere has."""
+    return 90 <= capability < 120 and (dtype.itemsize == 2 or tf32(dtype))
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up. Triton's own is a `constexpr_function`, which costs 6 to 10 us a call on the host."""
     return -(-a // b)

@@ -15,8 +15,9 @@ With `causal`, query t of row b sees keys first[b, t] .. S - T + t. `first` does
 
 One program owns BLOCK_M queries of one head and walks the keys that any of them sees in three parts: the tiles where its queries'
 first keys lie, those that all its queries see whole, without a mask, and the few on the diagonal or at the end. A head's
-programs are neighbours, to share L2, and its longest start first. The backward is in _attention_backward.py, and what both say
-of masks and dropout in _attention_mask.py.
+programs are neighbours, to share L2, and its longest start first. On Hopper and B200 keys and values come as boxes of tensor
+descriptors; what those can't have, rows of other than a multiple of 16 bytes first of all, is copied (see _heads.py). The
+backward is in _attention_backward.py, and what both say of masks and dropout in _attention_mask.py.
 
 Bound by tensor cores and, at D = 64, as much by exp2: either does 16 scores a clock and SM. FLOPs 4 B H T S D forward, 10
 backward, half of that with `causal`, less with `first`: what counts is pairs that are seen. The floor is those over the
@@ -35,10 +36,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._attention_backward import attention_bwd, split_gradients
 from ._attention_mask import first_keys, keep, keep_scale, kept_share, key_range, visible
-from ._heads import add_dot, dot_heads, head_constants, ieee, load_head, scale_head, store_head, unit_last, zero_head
+from ._heads import (
+    add_dot,
+    boxes,
+    describable,
+    dot_heads,
+    fetched,
+    head_constants,
+    ieee,
+    load_head,
+    next_head,
+    scale_head,
+    store_head,
+    unit_last,
+    zero_head,
+)
 from ._launch import arch, cdiv, check, check_device, check_float, dropout_seed, launch, register
 
 MAX_HEAD_SIZE = 256
@@ -73,7 +89,7 @@ def _fwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool, do
 
 @triton.jit(do_not_specialize=["T", "S"])
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, k_box, k_rest, v_box, v_rest, first_ptr, out_ptr, lse_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_ot, H, T, S, scale, kept,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -82,7 +98,8 @@ def _attention_fwd_kernel(
     blocks = tl.cdiv(T, BLOCK_M)
     head = tl.program_id(0) // blocks
     row = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    b_at, h_at = head // H, head % H
+    b, h = b_at.to(tl.int64), h_at.to(tl.int64)
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     if first_ptr is not None:
@@ -105,8 +122,8 @@ def _attention_fwd_kernel(
             begin, whole = ragged, end
         for col in range(begin, whole, BLOCK_N):
             cols = col + tl.arange(0, BLOCK_N)
-            k = load_head(k_ptr, cols, stride_ks, S, D, BLOCK_D, BLOCK_E, PART != 1)
-            v = load_head(v_ptr, cols, stride_vs, S, D, BLOCK_D, BLOCK_E, PART != 1)
+            k = next_head(k_ptr, k_box, k_rest, cols, stride_ks, b_at, h_at, col, S, D, BLOCK_D, BLOCK_E, PART != 1)
+            v = next_head(v_ptr, v_box, v_rest, cols, stride_vs, b_at, h_at, col, S, D, BLOCK_D, BLOCK_E, PART != 1)
             scores = dot_heads(q, k, PRECISION, ACC)
             if PART != 1:
                 seen = visible(rows[:, None], cols[None, :], first, T, S, CAUSAL, first_ptr is not None)
@@ -160,15 +177,20 @@ def attention_fwd(q, k, v, first, seed, causal, scale, dropout_p):
     B, H, T, D = q.shape
     out, lse = _fwd_fake(q, k, v, first, seed, causal, scale, dropout_p)
     blocks = _fwd_blocks(arch(q.device), D, q.dtype, seed is not None, first is not None)
+    head = head_constants(q)
+    tiles: tuple[TensorDescriptor | None, ...] = (None,) * 4
+    if fetched(k):
+        k, v = describable(k), describable(v)
+        tiles = *boxes(k, blocks["BLOCK_N"], head), *boxes(v, blocks["BLOCK_N"], head)
     launch(
         _attention_fwd_kernel,
         (B * H * cdiv(T, blocks["BLOCK_M"]),),
-        *(q, k, v, first, out, lse, seed),
+        *(q, k, v, *tiles, first, out, lse, seed),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
         *(H, T, k.shape[2], scale, kept_share(dropout_p)),
         CAUSAL=causal,
         APART=lse.dim() == 4,
-        **head_constants(q),
+        **head,
         **blocks,
     )
     return out, lse

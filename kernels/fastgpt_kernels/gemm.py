@@ -37,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import arch, cdiv, launch, register, sm_count, tf32
+from ._launch import arch, asynchronous, cdiv, launch, register, sm_count, tf32
 from ._math import activation as _activation
 from ._math import activation_grad
 from ._rows import column_sums
@@ -64,11 +64,6 @@ class Blocks(NamedTuple):
 UNALIGNED = Blocks(128, 64, 32, warps=8, stages=3, parts=2)  # columns off 16-byte boundaries: loaded one by one
 
 
-def _asynchronous(capability: int, dtype: torch.dtype) -> bool:
-    """wgmma or tcgen05, fed by the tensor memory accelerator. Consumer Blackwell (sm120) has mma.sync as Ampere has."""
-    return 90 <= capability < 120 and (dtype.itemsize == 2 or tf32(dtype))
-
-
 def gemm_blocks(M: int, N: int, dtype: torch.dtype, capability: int, sms: int, aligned: bool, epilogue: str) -> Blocks:
     """The largest tile of a short list that gives every multiprocessor one. epilogue: an activation or "gradient".
 
@@ -86,7 +81,7 @@ def gemm_blocks(M: int, N: int, dtype: torch.dtype, capability: int, sms: int, a
         choices = [Blocks(16 if M <= 16 else 32, 32, 64, warps=4, stages=8, programs=3)]
     elif not aligned:
         choices = [UNALIGNED]
-    elif _asynchronous(capability, dtype):
+    elif asynchronous(capability, dtype):
         shared = Blocks(128, 128, 64, warps=8, stages=3, parts=parts, programs=2, maxnreg=128)
         if capability >= 100:  # accumulators in tensor memory leave the registers to four warps
             shared = shared._replace(warps=4, maxnreg=None)
@@ -243,7 +238,7 @@ def _gemm(
     capability, sms = arch(device), sm_count(device)
     a_transposed, b_transposed = _orientation(a), _orientation(b)
     aligned = a_transposed is not None and b_transposed is not None and _orientation(out) is False
-    descriptors = aligned and _asynchronous(capability, a.dtype)
+    descriptors = aligned and asynchronous(capability, a.dtype)
     blocks = gemm_blocks(M, N, a.dtype, capability, sms, aligned, "gradient" if gradient else activation)
     tiles_m, tiles_n, part = cdiv(M, blocks.m), cdiv(N, blocks.n), blocks.n // blocks.parts
     wide = torch.promote_types(a.dtype, torch.float32)
