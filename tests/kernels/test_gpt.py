@@ -35,9 +35,10 @@ def losses(model: GPTModel, backend: str, batches: torch.Tensor, steps: int) -> 
 
 @pytest.mark.parametrize(
     ("steps", "variant"),
-    [(50, {"tie_weights": True, "n_layers": 1}), (6, {"norm_position": "post", "activation": "relu", "bias": False})],
+    [(12, {"tie_weights": True, "n_layers": 1}), (6, {"norm_position": "post", "activation": "relu", "bias": False})],
 )
 def test_training_follows_the_float64_reference(device, steps, variant):
+    """A few steps of two models; fifty are made by compiled kernels, in tests/ptx_machine/lane."""
     shape = {"vocab_size": 53, "context_length": 8, "emb_dim": 32, "n_heads": 2, "init": "gpt2", **variant}
     batches = torch.randint(53, (3, 2, 9), device=device)
 
@@ -47,7 +48,7 @@ def test_training_follows_the_float64_reference(device, steps, variant):
     exact = losses(fresh(torch.float64), "reference", batches, steps)
     plain = losses(fresh(torch.float32), "reference", batches, steps)
     ours = losses(fresh(torch.float32), "triton", batches, steps)
-    assert exact[-1] < (0.7 if steps > 20 else 0.95) * exact[0]
+    assert exact[-1] < 0.95 * exact[0]
     assert_as_accurate_as_torch(ours, plain, exact, "losses")
 
 
