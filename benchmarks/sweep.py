@@ -172,7 +172,7 @@ def constants() -> dict[str, Constant]:
             tuple(n << 20 for n in (0, 2, 4, 8, 16, 24)),
         ),
         Constant("sample-split", "sampling._SPLIT", sampling.DRAW, "forward", (1024, 2048, 4096, 8192)),
-        Constant("sample-chunk", "sampling._CHUNK", sampling.FILTERED, "forward", (2048, 4096, 8192)),
+        Constant("sample-list", "_filters._LIST", sampling.FILTERED, "forward", (512, 1024, 2048, 4096)),
     )
     return {constant.name: constant for constant in found}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+import unittest.mock
 
 import torch
 
@@ -17,10 +19,25 @@ FILTERS = {
 }
 
 
+def shorter_lists(ours, columns, together):
+    """Rows sorted in lists of so many columns, searched in groups of so many columns, of a mutant as well."""
+    return unittest.mock.patch.multiple(sys.modules[ours.filter_limits.__module__], _LIST=columns, _TOGETHER=together)
+
+
+def kept_logits(ours, logits, seen=None, temperature=None, penalty=None, *, top_k=None, top_p=None, min_p=None):
+    """What the kernels' limits say that `draw` keeps: fp32 [B, V] on the CPU, -inf where dropped."""
+    x, limits = (each.cpu() for each in ours.filter_limits(logits, seen, temperature, penalty, top_k, top_p))
+    t, cut, top = limits[:, :, None].unbind(1)
+    kept = (x > t) | ((x == t) & (torch.arange(x.shape[1]) >= cut))
+    if min_p is not None:
+        kept &= (x - top).exp() >= min_p
+    return torch.where(kept, x, -torch.inf)
+
+
 def compare_filters(ours, logits, **filters):
     """Exactly the tokens that the reference keeps, with their logits as they are."""
-    kept = ours.filter_logits(logits, None, None, None, *(filters.get(name) for name in ("top_k", "top_p", "min_p")))
-    assert torch.equal(kept.cpu(), last_of_equals(logits.float().cpu(), SamplingParams(1.0, **filters)))
+    expected = last_of_equals(logits.float().cpu(), SamplingParams(1.0, **filters))
+    assert torch.equal(kept_logits(ours, logits, **filters), expected)
 
 
 def last_of_equals(logits, params):

@@ -137,7 +137,7 @@ def test_draws_that_are_none_are_caught():
             peer(wrong)
 
 
-@pytest.mark.parametrize("name", ["token-rows", "token-project-rows", "sample-chunk"])
+@pytest.mark.parametrize("name", ["token-rows", "token-project-rows", "sample-list"])
 def test_a_constant_of_decoding_reaches_its_kernel(name):
     """A launch is recorded with what the constant says."""
     constant = sweep.constants()[name]

@@ -68,7 +68,8 @@ def test_tensor_cores_and_wide_loads(quick):
     for row in report["rows"]:
         if _aot_cases.KINDS[row["kernel"]].flops is not None:
             assert row["tensor_core"] in ("mma.sync", "wgmma")
-        if row["kernel"] != "_sample_pick_kernel":  # two numbers a split
+        # two numbers a split; rows of an odd length once, to sort them for longer than reading takes
+        if row["kernel"] not in ("_sample_pick_kernel", "_sample_sort_kernel"):
             assert row["widest_load"] >= 16
     hopper = {row["kernel"] for row in report["rows"] if row["arch"] == "sm90" and row["tensor_core"] == "wgmma"}
     assert hopper >= {"_gemm_kernel", "_attention_fwd_kernel", "_attention_bwd_kernel"}

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import sys
+import unittest.mock
+
 import pytest
 import torch
 from layouts import LAYOUTS
-from mutants import mutant
-from sampled_draws import FILTERS, compare_draws, compare_filters, module, noise_arguments, penalised
+from mutants import mutants
+from sampled_draws import (
+    FILTERS,
+    compare_draws,
+    compare_filters,
+    kept_logits,
+    module,
+    noise_arguments,
+    penalised,
+    shorter_lists,
+)
 
 from fastgpt.inference.sampling import INVALID, SamplingParams, filtered, sample
-from fastgpt_kernels.sampling import filter_logits, sample_tokens
+from fastgpt_kernels.sampling import sample_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
@@ -20,10 +32,28 @@ def test_filters_keep_the_references_tokens(name, dtype, device):
     compare_filters(module, (3 * torch.randn(2, 101, device=device)).to(dtype), **FILTERS[name])
 
 
-@pytest.mark.parametrize("name", ["top-k", "all"])
-def test_filters_over_several_chunks(name, device, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", 256)
-    compare_filters(module, 3 * torch.randn(2, 1000, device=device), **FILTERS[name])
+@pytest.mark.parametrize("columns", [128, 512], ids=lambda n: f"{n} together")
+@pytest.mark.parametrize("name", FILTERS)
+def test_filters_over_several_lists(name, columns, device):
+    logits = 3 * torch.randn(2, 700, device=device)
+    logits[1, :] = (logits[1] / 4).round()  # equals in every list
+    logits[1, ::7] = -torch.inf
+    with shorter_lists(module, 128, columns):
+        compare_filters(module, logits, **FILTERS[name])
+
+
+def test_lists_of_nothing_and_of_the_least(device):
+    logits = torch.full((2, 600), -torch.inf, device=device)
+    logits[0, 300:310] = torch.arange(10.0, device=device)
+    logits[1, :128], logits[1, 256:384] = 1.0, 2.0
+    with shorter_lists(module, 128, 512):
+        for filters in ({"top_k": 4}, {"top_k": 20}, {"top_p": 0.5}, {"top_k": 200, "top_p": 0.99}):
+            compare_filters(module, logits, **filters)
+
+
+def test_filters_of_the_whole_vocabulary(device):
+    """GPT-2's: 25 lists. Rounded as bf16 is, so that equals are in many of them."""
+    compare_filters(module, (3 * torch.randn(1, 50257, device=device)).bfloat16().float(), top_k=300, top_p=0.9)
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-6, 0.3, 0.999, 0.9999999])
@@ -54,13 +84,22 @@ def test_ties_and_extremes(name, filters, device):
     compare_filters(module, torch.tensor([EXTREMES[name]], device=device), **filters)
 
 
-def test_a_tie_over_several_chunks_is_cut_from_the_front(device, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", 128)
+@pytest.mark.parametrize("columns", [128, 256, 2048])
+def test_a_tie_over_several_lists_is_cut_from_the_front(columns, device):
     logits = torch.full((1, 512), -1.0, device=device)
     logits[0, 100] = 2.0
-    kept = filter_logits(logits, None, None, None, None, 0.5, None)[0].isfinite().nonzero()[:, 0].tolist()
+    with shorter_lists(module, 128, columns):
+        kept = kept_logits(module, logits, top_p=0.5)[0].isfinite().nonzero()[:, 0].tolist()
     # exp(2) + n exp(-1) must reach half of exp(2) + 511 exp(-1), in exact arithmetic
     assert kept == [100, *range(512 - 246, 512)]
+
+
+def test_a_tie_is_cut_within_a_list_in_steps(device):
+    logits = torch.full((1, 600), -1.0, device=device)
+    logits[0, 100] = 2.0
+    with unittest.mock.patch("fastgpt_kernels._filters._CHUNK", 128):
+        compare_filters(module, logits, top_p=0.2)
+        compare_filters(module, logits, top_p=0.9)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -70,8 +109,7 @@ def test_penalty_and_temperature_of_any_layout(layout, device):
     expected = filtered(penalised(logits, seen, 0.7, 1.3), SamplingParams(1.0, top_k=9))
     on_device = LAYOUTS[layout](logits.to(device))
     seen_there = LAYOUTS["padded rows"](seen.to(device))
-    kept = filter_logits(on_device, seen_there.view(torch.uint8), 0.7, 1.3, 9, None, None)
-    assert torch.equal(kept.cpu(), expected)
+    assert torch.equal(kept_logits(module, on_device, seen_there.view(torch.uint8), 0.7, 1.3, top_k=9), expected)
     seed, positions = noise_arguments(5, 3, device)
     for options in ({}, {"temperature": 0.7}):
         plain = sample_tokens(logits.contiguous().to(device), seed, positions, **options)
@@ -109,7 +147,7 @@ def test_unusable_rows_are_marked_and_leave_the_others_alone(options, device):
 
 def test_a_large_vocabulary(device, monkeypatch):
     if device.type == "cpu":  # the interpreter pays by the step
-        monkeypatch.setattr(module, "_CHUNK", 2**16)
+        monkeypatch.setattr("fastgpt_kernels._filters._LIST", 2**16)
         monkeypatch.setattr(module, "_SPLIT", 2**17)
     logits = torch.randn(1, 1_000_000, device=device)
     seed, positions = noise_arguments(1, 1, device)
@@ -118,13 +156,21 @@ def test_a_large_vocabulary(device, monkeypatch):
 
 
 MUTANTS = {
-    "one more than k": ("top_k.to(tl.float32), CHUNK", "top_k.to(tl.float32) + 1.0, CHUNK"),
-    "p of what top-k dropped as well": ("mass += tl.where(l >= t, tl.exp(l - top), 0.0)", "mass += tl.exp(l - top)"),
-    "equals never cut": ("if room < ties:", "if room < 0:"),
-    "equals cut from the end": ("tl.cumsum(tie, axis=0, reverse=True)", "tl.cumsum(tie, axis=0)"),
-    "tokens at the interval's end lost": ("within = (l >= low)", "within = (l > low)"),
+    "one more than k": ("k = top_k.to(tl.float32)", "k = top_k.to(tl.float32) + 1.0"),
+    "p of what top-k dropped as well": ("lists, t, top, LISTS, LIST)\n ", "lists, tl.min(lows), top, LISTS, LIST)\n "),
+    "equals never cut": ("tl.where(left < 0, rank, 0)", "rank * 0"),
+    "equals cut from a list's end": ("tl.cumsum(tie, axis=0, reverse=True)", "tl.cumsum(tie, axis=0)"),
+    "equals cut from the last list": ("tl.cumsum(ties, axis=0, reverse=True)", "tl.cumsum(ties, axis=0)"),
+    "equals of later groups forgotten": ("left -= tl.sum(ties)", "left -= tl.sum(ties) * 0"),
+    "equals of a list's later steps forgotten": ("rank -= tl.sum(tie)", "rank -= tl.sum(tie) * 0"),
+    "the cut ignored": ("(cols >= cut.to(tl.int32))", "(cols >= 0)"),
+    "not sorted": ("tl.where((x > other) ==", "tl.where((x > x) =="),
+    "only the first group searched": ("total += tl.sum(weight", "total += (first == 0) * tl.sum(weight"),
+    "a list's last token never found": ("count += (l >= tried).to(tl.int32)", "count += 0"),
+    "each list's mass beside its own largest": ("weight *= tl.exp(", "weight *= 1.0 + 0.0 * tl.exp("),
+    "mass of the next token as well": ("n * LIST + count - 1, mask", "n * LIST + count, mask"),
     "mass over t forgotten": ("over = tl.maximum(over,", "over = tl.minimum(over,"),
-    "min-p of the mass": ("keep &= tl.exp(l - top) >= min_p", "keep &= tl.exp(l) >= min_p"),
+    "min-p of the mass": ("kept &= tl.exp(l - top) >= min_p", "kept &= tl.exp(l) >= min_p"),
     "penalty for the others": ("tl.where(seen != 0,", "tl.where(seen == 0,"),
     "penalty for one sign": ("tl.where(x < 0.0, x * penalty,", "tl.where(x < 0.0, x,"),
     "no temperature": ("x = tl.math.div_rn(x, temperature)", "x = x + 0.0"),
@@ -154,8 +200,19 @@ def small_problem(ours, device):
     logits = torch.tensor([[1.0, 4.0, 4.0, 2.0, -1.0], [1.0, 0.0, torch.nan, 2.0, 3.0]], device=device)
     assert ours.sample_tokens(logits, *arguments).tolist() == [1, INVALID]
     logits, seen = torch.randn(1, 37), torch.rand(1, 37) < 0.5
-    kept = ours.filter_logits(logits.to(device), seen.to(device).view(torch.uint8), 0.7, 1.8, 30, None, None)
-    assert torch.equal(kept.cpu(), filtered(penalised(logits, seen, 0.7, 1.8), SamplingParams(top_k=30)))
+    kept = kept_logits(ours, logits.to(device), seen.to(device).view(torch.uint8), 0.7, 1.8, top_k=30)
+    assert torch.equal(kept, filtered(penalised(logits, seen, 0.7, 1.8), SamplingParams(top_k=30)))
+    with (
+        shorter_lists(ours, 128, 256),
+        unittest.mock.patch.object(sys.modules[ours.filter_limits.__module__], "_CHUNK", 64),
+    ):
+        logits = torch.full((1, 600), -1.0, device=device)
+        logits[0, 300:400], logits[0, 100] = 1.0, 4.0
+        compare_filters(ours, logits, top_k=2)
+        for p in (0.2, 0.55, 0.95):
+            compare_filters(ours, logits, top_p=p)
+    compare_draws(ours, torch.tensor([[0.0, 0.5, 0.5, 0.5, 2.0, 0.5]]).expand(8, 6), device, temperature=1.0, top_p=0.8)
+    compare_draws(ours, 3.0 + torch.randn(4, 37), device, temperature=1.0, min_p=0.5)
     compare_draws(ours, torch.randn(5, 37), device, temperature=0.5)
     compare_draws(ours, torch.zeros(1, 400), device, temperature=1.0)  # only the noise decides
 
@@ -163,7 +220,7 @@ def small_problem(ours, device):
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name, device):
     with pytest.raises(AssertionError):
-        small_problem(mutant("sampling", *MUTANTS[name]), device)
+        small_problem(mutants(("_filters", "sampling"), *MUTANTS[name])[-1], device)
 
 
 def test_the_mutants_problem_is_solved(device):
