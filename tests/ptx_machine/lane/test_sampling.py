@@ -18,6 +18,7 @@ def logits_with_ties(V: int) -> torch.Tensor:
     return logits.bfloat16()
 
 
+@pytest.mark.one_of("sampler filters")
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 @pytest.mark.parametrize(("columns", "together"), [(128, 256), (512, 1024)])
 @pytest.mark.parametrize("arch", ARCHS)
@@ -26,6 +27,7 @@ def test_filters(arch, columns, together, filters):
         compare_filters(module, logits_with_ties(700), **filters)
 
 
+@pytest.mark.one_of("sampler draws")
 @pytest.mark.parametrize("options", [{}, *FILTERS], ids=str)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_draws(arch, options):
