@@ -32,15 +32,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._attention_mask import first_keys, keep, keep_scale, kept_share, key_range, query_range, visible
 from ._heads import (
     add_dot,
-    boxes,
-    describable,
     dot_heads,
-    fetched,
     head_constants,
     ieee,
     load_head,
@@ -48,6 +44,7 @@ from ._heads import (
     scale_head,
     store_head,
     unit_last,
+    walked,
     zero_head,
 )
 from ._launch import arch, cdiv, launch, register
@@ -276,15 +273,11 @@ def attention_bwd(dout, q, k, v, first, out, lse, seed, causal, scale, dropout_p
         PADDING=PADDING,
     )
     blocks = _bwd_blocks(arch(q.device), D, q.dtype, seed is not None, first is not None)
-    walked = q, k, v, dout
-    tiles: list[TensorDescriptor | None] = [None] * 8
-    if fetched(*walked):
-        walked = q, k, v, dout = describable(q), describable(k), describable(v), describable(dout)
-        tiles = [box for x in walked for box in boxes(x, blocks["BLOCK_INNER"], head)]
+    (q, k, v, dout), boxes = walked(blocks["BLOCK_INNER"], head, q, k, v, dout)
     launch(
         _attention_bwd_kernel,
         (B * H * (cdiv(S, blocks["BLOCK_OWN"]) + cdiv(T, blocks["BLOCK_OWN"])),),
-        *(q, k, v, *tiles, first, dout, statistics, seed, dq, dk, dv),
+        *(q, k, v, *boxes, first, dout, statistics, seed, dq, dk, dv),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3]),
         *(dq.stride(0), dq.stride(2), dk.stride(0), dk.stride(2)),
         *(H, T, S, scale, kept),

@@ -47,13 +47,19 @@ def unit_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def fetched(*heads: Tensor) -> bool:
-    """Whether kernels fetch tiles of these heads, on their device and in their dtype, as boxes."""
-    return asynchronous(arch(heads[0].device), heads[0].dtype) and all(x.numel() > 0 for x in heads)
+def walked(rows: int, head: dict[str, Any], *heads: Tensor) -> tuple[list[Tensor], list[TensorDescriptor | None]]:
+    """(heads, box and rest of each for `next_head`): heads [B, H, T, D] that a loop walks over, `rows` at a time.
+
+    The heads are those given, whose last stride is 1, or what had to be copied of them: rows padded to 16 bytes. Boxes are None
+    where tiles are read by pointers.
+    """
+    if not asynchronous(arch(heads[0].device), heads[0].dtype) or any(x.numel() == 0 for x in heads):
+        return list(heads), [None] * (2 * len(heads))
+    described = [_describable(x) for x in heads]
+    return described, [box for x in described for box in _boxes(x, rows, head)]
 
 
-def describable(x: Tensor) -> Tensor:
-    """x [B, H, T, D], whose last stride is 1; copied where a descriptor can't have it, rows padded to 16 bytes."""
+def _describable(x: Tensor) -> Tensor:
     step = 16 // x.itemsize
     strides = [stride for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
     if x.data_ptr() % 16 == 0 and all(stride > 0 and stride % step == 0 for stride in strides):
@@ -61,8 +67,8 @@ def describable(x: Tensor) -> Tensor:
     return F.pad(x, (0, -x.shape[3] % step))[..., : x.shape[3]]
 
 
-def boxes(x: Tensor, rows: int, head: dict[str, Any]) -> tuple[TensorDescriptor, TensorDescriptor | None]:
-    """Descriptors of a `describable` x [B, H, T, D] for `next_head`: boxes of `rows` by BLOCK_D, and by BLOCK_E or None."""
+def _boxes(x: Tensor, rows: int, head: dict[str, Any]) -> tuple[TensorDescriptor, TensorDescriptor | None]:
+    """Boxes of `rows` by BLOCK_D, and by BLOCK_E or None."""
     step = 16 // x.itemsize
     strides = [stride if size > 1 else step for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True)]
 
@@ -100,7 +106,7 @@ def next_head(
     ptr, box, rest, rows, stride, b, h, row, limit,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
-    """load_head of `rows`, which begin at `row`, by the descriptors `box` and `rest` of `boxes` where there are some.
+    """load_head of `rows`, which begin at `row`, by the descriptors `box` and `rest` of `walked` where there are some.
 
     A box reads as zero past the end of x, whatever CHECK and `rows` say.
     """

@@ -36,16 +36,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._attention_backward import attention_bwd, split_gradients
 from ._attention_mask import first_keys, keep, keep_scale, kept_share, key_range, visible
 from ._heads import (
     add_dot,
-    boxes,
-    describable,
     dot_heads,
-    fetched,
     head_constants,
     ieee,
     load_head,
@@ -53,6 +49,7 @@ from ._heads import (
     scale_head,
     store_head,
     unit_last,
+    walked,
     zero_head,
 )
 from ._launch import arch, cdiv, check, check_device, check_float, dropout_seed, launch, register
@@ -178,14 +175,11 @@ def attention_fwd(q, k, v, first, seed, causal, scale, dropout_p):
     out, lse = _fwd_fake(q, k, v, first, seed, causal, scale, dropout_p)
     blocks = _fwd_blocks(arch(q.device), D, q.dtype, seed is not None, first is not None)
     head = head_constants(q)
-    tiles: tuple[TensorDescriptor | None, ...] = (None,) * 4
-    if fetched(k):
-        k, v = describable(k), describable(v)
-        tiles = *boxes(k, blocks["BLOCK_N"], head), *boxes(v, blocks["BLOCK_N"], head)
+    (k, v), boxes = walked(blocks["BLOCK_N"], head, k, v)
     launch(
         _attention_fwd_kernel,
         (B * H * cdiv(T, blocks["BLOCK_M"]),),
-        *(q, k, v, *tiles, first, out, lse, seed),
+        *(q, k, v, *boxes, first, out, lse, seed),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
         *(H, T, k.shape[2], scale, kept_share(dropout_p)),
         CAUSAL=causal,
