@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops
+from fastgpt.checkpoints.integers import from_int8, to_int8
 from fastgpt.config import GPTConfig
 from fastgpt.inference.cache import KVCache
 from fastgpt.plan import BlockWeights, linear, plain
@@ -142,15 +143,10 @@ class Int8Linear(QuantizedLinear):
             return ops.int8_linear(x, self.weight, self.scale, self.bias)
         return F.linear(x, self.dequantized(x.dtype), self.bias)
 
-    @staticmethod
-    def rounded(exact: Tensor) -> tuple[Tensor, Tensor]:
-        most = exact.abs().amax(dim=1)
-        scale = torch.where(most > 0.0, most / 127.0, 1.0)
-        return torch.round(exact / scale[:, None]).clamp(-127, 127).to(torch.int8), scale
+    rounded = staticmethod(to_int8)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        wide = torch.promote_types(dtype, torch.float32)
-        return (self.weight.to(wide) * self.scale.to(wide)[:, None]).to(dtype)
+        return from_int8(self.weight, self.scale, dtype)
 
 
 class Int4Linear(QuantizedLinear):

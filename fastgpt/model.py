@@ -389,7 +389,8 @@ class GPTModel(nn.Module):
 
         Args:
             directory: made when missing. Each file is written beside its place, synced and renamed.
-            dtype: stored dtype of the parameters; None keeps their own.
+            dtype: stored dtype of the parameters; None keeps their own. torch.int8: matrices in 8 bits, a scale a row, which
+                `from_pretrained` alone reads, as floats.
             max_shard_bytes: larger weights are written as shards of at most so many bytes, with an index.
             tokenizer: saved beside the weights, as transformers' AutoTokenizer reads it too; config.json names its end of text.
         """
@@ -402,8 +403,8 @@ class GPTModel(nn.Module):
                 f"the matrices must be of one kind to be saved, got {sorted(kind.__name__ for kind in found)}"
             )
         (kind,) = (name for name, kind in ROUNDED.items() if kind in found)
-        state, rounded = self.state_dict(), {name for name, _ in self.named_buffers()}
-        state = {name: t if name in rounded or dtype is None else t.to(dtype) for name, t in state.items()}
+        rounded, dtype = {name for name, _ in self.named_buffers()}, weights.checked_dtype(dtype)
+        state = {name: t if name in rounded else t.to(dtype or t.dtype) for name, t in self.state_dict().items()}
         weights.save_rounded(self.config, state, directory, kind, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(directory)

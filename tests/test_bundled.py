@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from examples.train_bundled_model import standard_library, xz_bits_per_byte
+from examples.train_bundled_model import grown, parses, standard_library, xz_bits_per_byte
 from fastgpt import GPTModel
 from fastgpt.cli import main
 from fastgpt.evaluation import evaluate
@@ -59,3 +59,33 @@ def test_demo_agrees_and_explains(capsys):
     assert all(row[4] == "yes" for row in rows)
     assert "attention" in printed
     assert "tensors are on cpu" in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "accepted"),
+    [
+        ("def f():\n    return 1\n", False),  # the last line may be cut, and nothing else is there
+        ("def f():\n    return 1\n    retu", True),
+        ("def f():\n    x = (1,\n    2, 3\n", False),  # no whole statement
+        ("def f():\n    x = 1\n    y = (1,\n    2, 3\n", True),
+        ("def f():\n    x = 1\n    try:\n        y = 2\n    z\n    w", False),
+        ("def f():\n    x = 1\n    try:\n        y = 2\n", True),
+        ("def f():\n    x = 1\n    if x:\n    y = 2\n    z", False),
+        ("def f():\n    x = 1\n    y = )\n    z", False),
+        ('def f():\n    """A docstring that has\n    no end\n', False),
+        ('def f():\n    """One."""\n    x = """\n  it goes on\n', True),
+        ("def f():\n    x = 1\n  y = 2\n    z", False),
+    ],
+)
+def test_what_counts_as_parsing(text, accepted):
+    assert parses(text) is accepted
+
+
+def test_growing_keeps_the_function():
+    model = GPTModel.from_pretrained("bundled")
+    idx = torch.randint(model.config.vocab_size, (2, 50), generator=torch.Generator().manual_seed(0))
+    deeper = grown(model).eval()
+    assert deeper.config.n_layers == 2 * model.config.n_layers
+    assert torch.equal(deeper(idx), model(idx))
+    deeper.loss(idx[:, :-1], idx[:, 1:]).backward()
+    assert all(bool(block.ff.layers[2].weight.grad.any()) for block in deeper.trf_blocks)  # each begins to learn

@@ -117,15 +117,20 @@ def config_json(config: GPTConfig, end_of_text: int | None = None) -> dict[str, 
     end_of_text: the tokenizer's id of it; None is GPT-2's where the vocabulary has that, else none.
     """
     if differences(config, "gpt2"):
-        return {"model_type": "fastgpt", "fastgpt": config.to_dict()}
+        return own_json(config)
     end = {} if end_of_text is None else {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     return {**_gpt2_json(config), **end, "fastgpt": config.to_dict()}
+
+
+def own_json(config: GPTConfig) -> dict[str, Any]:
+    """A config.json that no other program takes for a GPT-2."""
+    return {"model_type": "fastgpt", "fastgpt": config.to_dict()}
 
 
 def book_json(config: GPTConfig) -> dict[str, Any]:
     """A config.json that the book's GPTModel takes as its dict."""
     seven = {name: getattr(config, name) for name in REQUIRED_KEYS}
-    return {**seven, "model_type": "fastgpt", "fastgpt": config.to_dict()}
+    return {**seven, **own_json(config)}
 
 
 def own_config(value: Any, where: str) -> GPTConfig:

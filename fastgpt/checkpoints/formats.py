@@ -1,6 +1,6 @@
 """Checkpoint files: opened so that shapes and sizes are known before a tensor is read, and written.
 
-    safetensors       one file or shards; the metadata may hold the GPTConfig
+    safetensors       one file or shards; the metadata may hold the GPTConfig; matrices in 8 bits by fastgpt.checkpoints.integers
     torch             torch.save's: a state dict (pytorch_model.bin, the book's .pth), nanoGPT's ckpt.pt, the book's training
                       checkpoint; read with allow_pickle alone, by torch.load(weights_only=True), which executes nothing
     llm.c             magic 20240326, version 3 (fp32) or 5 (bf16), the vocabulary padded to a multiple of 128
@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastgpt.checkpoints import tensorbundle
+from fastgpt.checkpoints import integers, tensorbundle
 from fastgpt.checkpoints.dialects import complaints, from_model_args, model_args, own_config, said_activation
 from fastgpt.checkpoints.layouts import expected_shapes, to_layout
 from fastgpt.checkpoints.names import LAYOUTS, CheckpointError, dtype_name, names_of, their_shape, unwrapped
@@ -94,7 +94,7 @@ def open_safetensors(files: Sequence[Path]) -> Iterator[Opened]:
                 raise CheckpointError(f"shards of different saves: {', '.join(file.name for file in files)}")
             names = unwrapped(where)
             slices = {short: where[name][1].get_slice(name) for short, name in names.items()}
-            yield Opened(
+            opened = Opened(
                 "safetensors",
                 {short: tuple(piece.get_shape()) for short, piece in slices.items()},
                 {short: piece.get_dtype() for short, piece in slices.items()},
@@ -102,6 +102,7 @@ def open_safetensors(files: Sequence[Path]) -> Iterator[Opened]:
                 sum(file.stat().st_size for file in files),
                 _metadata_config(metadata[0]) if metadata else None,
             )
+            yield integers.restored(opened)
         except SafetensorError as error:
             raise CheckpointError(f"{', '.join(map(str, files))}: not a whole safetensors file: {error}") from error
 

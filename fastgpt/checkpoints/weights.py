@@ -24,11 +24,12 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgpt.checkpoints import formats
+from fastgpt.checkpoints import formats, integers
 from fastgpt.checkpoints.dialects import (
     agree,
     book_json,
@@ -37,6 +38,7 @@ from fastgpt.checkpoints.dialects import (
     from_config_json,
     from_hparams,
     own_config,
+    own_json,
     read_json,
 )
 from fastgpt.checkpoints.layouts import checked, infer, padded, pieces, plan, settle, to_layout, widened
@@ -51,6 +53,7 @@ __all__ = [
     "HUB_NAMES",
     "CheckpointError",
     "Loaded",
+    "checked_dtype",
     "directory_of",
     "expected_shapes",
     "load",
@@ -135,7 +138,8 @@ def save_pretrained(
 ) -> None:
     """Write model.safetensors, config.json and the tokenizer's files.
 
-    GPT-2's layout where it can say what the config says, else GPTModel's own names.
+    GPT-2's layout where it can say what the config says, else GPTModel's own names. With dtype torch.int8, matrices in 8 bits
+    (see fastgpt.checkpoints.integers) under GPTModel's own names, which `load` reads as floats, and no other program.
 
     A GPT-2 config.json also carries the GPTConfig under "fastgpt" (transformers ignores it), so that loading here is exact. The
     weights carry it too: weights and config.json of two saves, of which one was interrupted, don't load as a model. With
@@ -143,14 +147,18 @@ def save_pretrained(
     """
     if max_shard_bytes is not None and max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
+    if dtype == torch.int8:
+        tensors = integers.stored(to_layout(config, state_dict, "fastgpt"))
+        formats.write_safetensors(config, tensors, Path(directory), max_shard_bytes)
+        _write_config(own_json(config), Path(directory), tokenizer)
+        return
     tensors = _stored(config, state_dict, dtype)
     layout = "fastgpt" if differences(config, "gpt2") else "gpt2"
     formats.write_safetensors(config, to_layout(config, tensors, layout), Path(directory), max_shard_bytes)
-    _write_config(config, Path(directory), tokenizer)
+    _write_config(config_json(config, None if tokenizer is None else tokenizer.end_of_text), Path(directory), tokenizer)
 
 
-def _write_config(config: GPTConfig, directory: Path, tokenizer: Tokenizer | None) -> None:
-    said = config_json(config, None if tokenizer is None else tokenizer.end_of_text)
+def _write_config(said: dict[str, Any], directory: Path, tokenizer: Tokenizer | None) -> None:
     write_text(directory / "config.json", json.dumps(said, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(directory)
@@ -169,8 +177,7 @@ def save_rounded(
     for a GPT-2.
     """
     formats.write_safetensors(config, dict(state_dict), Path(directory), max_shard_bytes)
-    said = {"model_type": "fastgpt", "weights": weights, "fastgpt": config.to_dict()}
-    write_text(Path(directory) / "config.json", json.dumps(said, indent=2) + "\n")
+    _write_config({**own_json(config), "weights": weights}, Path(directory), None)
 
 
 def load_rounded(source: str | os.PathLike[str]) -> tuple[GPTConfig, dict[str, Tensor], str] | None:
@@ -219,7 +226,7 @@ def save_as(
     tensors = _stored(config, state_dict, dtype)
     if format == "hf":
         formats.write_torch(formats.owned(to_layout(config, tensors, "gpt2")), path / "pytorch_model.bin")
-        _write_config(config, path, tokenizer)
+        _write_config(config_json(config, None if tokenizer is None else tokenizer.end_of_text), path, tokenizer)
     elif format == "nanogpt":
         formats.write_torch(formats.nanogpt_checkpoint(config, tensors), path / "ckpt.pt")
     elif format == "llmc":
@@ -236,9 +243,15 @@ def directory_of(source: str | os.PathLike[str], revision: str | None = None, al
     return _locate(source, revision, allow_pickle)[0]
 
 
-def _stored(config: GPTConfig, state_dict: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """`dtype`, of which files may hold parameters. ValueError for others."""
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {list(DTYPES.values())}, got {dtype}")
+    return dtype
+
+
+def _stored(config: GPTConfig, state_dict: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    dtype = checked_dtype(dtype)
     return {
         name: tensor.to(device="cpu", dtype=dtype or tensor.dtype)
         for name, tensor in checked(config, state_dict).items()

@@ -10,9 +10,10 @@ import pytest
 import torch
 from checkpoint_models import IDS, close, read, same_bits, sharp, theirs, write
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model
 
-from fastgpt import GPTModel
+from fastgpt import GPTModel, quantize
 from fastgpt.checkpoints.weights import load_pretrained, save_pretrained
 
 VARIANTS: list[dict[str, Any]] = [
@@ -204,8 +205,11 @@ def test_the_dtype_of_a_file_is_what_was_asked(dtype, tmp_path):
 
 def test_a_dtype_that_would_not_load_is_not_saved(tmp_path):
     ours = sharp()
-    with pytest.raises(ValueError, match=r"dtype must be one of .*torch\.bfloat16.*, got torch\.int8"):
-        ours.save_pretrained(tmp_path, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"dtype must be one of .*torch\.bfloat16.*, got torch\.int16"):
+        ours.save_pretrained(tmp_path, dtype=torch.int16)
+    for dtype in (torch.int8, torch.int16):  # a quantized model's matrices are integers already; its biases can't be
+        with pytest.raises(ValueError, match=rf"dtype must be one of .*, got {dtype}"):
+            quantize(ours).save_pretrained(tmp_path, dtype=dtype)
     with pytest.raises(ValueError, match=r"final_norm\.scale has dtype torch\.int64"):
         save_pretrained(ours.config, ours.state_dict() | {"final_norm.scale": torch.ones(32).long()}, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -332,3 +336,60 @@ def test_prefixes_of_wrappers_are_left_out(prefix, tmp_path, good, good_tensors)
     tensors, config = read(good)
     write(tmp_path, {prefix + name: tensor for name, tensor in tensors.items()}, config)
     assert same_bits(load_pretrained(tmp_path)[1], good_tensors)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_weights": True, "vocab_multiple": 64}, OWN[1]], ids=str)
+def test_matrices_in_8_bits_come_back_as_floats(changes, tmp_path):
+    ours = sharp(**changes)
+    ours.save_pretrained(tmp_path / "floats")
+    ours.save_pretrained(tmp_path / "int8", dtype=torch.int8)
+    exact, (config, read_back) = load_pretrained(tmp_path / "floats")[1], load_pretrained(tmp_path / "int8")
+    assert config == ours.config
+    assert set(read_back) == set(exact)
+    for name, tensor in read_back.items():
+        if tensor.dim() == 1:
+            assert torch.equal(tensor, exact[name])
+            continue
+        steps = exact[name].double().abs().amax(dim=1, keepdim=True) / 127  # rounding moves by half a step at most
+        assert ((tensor.double() - exact[name].double()).abs() <= 0.5001 * steps).all(), name
+        assert not torch.equal(tensor, exact[name])
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        loaded = GPTModel.from_pretrained(tmp_path / "int8", dtype=dtype)
+        loaded.save_pretrained(tmp_path / "of that dtype")
+        kept = load_pretrained(tmp_path / "of that dtype")[1]
+        assert same_bits(kept, {name: tensor.to(dtype) for name, tensor in read_back.items()})
+    sizes = [sum(file.stat().st_size for file in (tmp_path / kind).glob("model*")) for kind in ("floats", "int8")]
+    assert sizes[1] < 0.5 * sizes[0]  # of a small model, whose header and vectors count
+
+    GPTModel.from_pretrained(tmp_path / "int8").save_pretrained(
+        tmp_path / "again", dtype=torch.int8, max_shard_bytes=5000
+    )
+    assert len(list((tmp_path / "again").glob("model-*"))) > 1
+    assert same_bits(load_pretrained(tmp_path / "again")[1], read_back)
+
+
+def test_a_linear_stored_in_8_bits_is_what_quantize_makes_of_it(tmp_path):
+    ours = sharp()
+    ours.save_pretrained(tmp_path, dtype=torch.int8)
+    rounded = quantize(ours).trf_blocks[1].ff.layers[0]
+    stored = GPTModel.from_pretrained(tmp_path).trf_blocks[1].ff.layers[0]
+    assert torch.equal(stored.weight, rounded.weight.float() * rounded.scale[:, None])
+    assert torch.equal(quantize(GPTModel.from_pretrained(tmp_path)).trf_blocks[1].ff.layers[0].weight, rounded.weight)
+
+
+def test_8_bits_that_cannot_be_are_refused(tmp_path):
+    ours = sharp()
+    broken = ours.state_dict() | {"pos_emb.weight": torch.full((16, 32), float("inf"))}
+    with pytest.raises(ValueError, match=r"pos_emb\.weight: weights must be finite to be stored as int8, got inf"):
+        save_pretrained(ours.config, broken, tmp_path, torch.int8)
+    assert not list(tmp_path.iterdir())
+    ours.save_pretrained(tmp_path, dtype=torch.int8)
+    tensors = load_file(tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    for scale in (None, torch.ones(16, dtype=torch.float64), torch.ones(15)):
+        changed = {name: tensor for name, tensor in tensors.items() if name != "pos_emb.weight.row_scale"}
+        changed |= {} if scale is None else {"pos_emb.weight.row_scale": scale}
+        save_file(changed, tmp_path / "model.safetensors", metadata)
+        with pytest.raises(ValueError, match=r"pos_emb\.weight has dtype I8, expected one of"):
+            GPTModel.from_pretrained(tmp_path)
