@@ -84,14 +84,15 @@ def tuned(case):
 
 
 MODES = {"forward": product(1), "backward": product(2)}
+# Without an activation the op is torch's own on a GPU, and there is nothing to measure.
 PLAIN = Op(
     "linear",
     inputs,
     MODES,
-    SIZES,
+    {**SIZES, "gpu": []},
     gradients=(0, 1, 2),
-    growth=GROWTH,
-    peers={"F.linear": lambda case: F.linear, "torch.compile, max-autotune": tuned},
+    growth={"cpu": GROWTH["cpu"]},
+    peers={"F.linear": lambda case: F.linear},
 )
 GELU = Op(
     "linear",
@@ -99,6 +100,7 @@ GELU = Op(
     MODES,
     {scale: [size for size in sizes if size["N"] > size["K"] or scale == "dry"] for scale, sizes in SIZES.items()},
     gradients=(0, 1, 2),
+    growth={"gpu": GROWTH["gpu"]},
     options={"activation": "gelu_tanh"},
     peers={"cuBLASLt epilogue": library_epilogue, "torch.compile, max-autotune": tuned},
 )

@@ -81,17 +81,8 @@ class KVCache:
         if lengths != self.lengths:
             self._set_lengths(lengths)
 
-    @torch.inference_mode(False)
-    def select(self, rows: Sequence[int]) -> KVCache:
-        """A new cache of some of the rows, in the order given: how finished rows leave a batch."""
-        other = KVCache.__new__(KVCache)
-        index = uploaded(list(rows), self.keys.device)
-        other.keys, other.values = self.keys.index_select(1, index), self.values.index_select(1, index)
-        other._set_lengths([self.lengths[row] for row in rows])
-        return other
-
     def take(self, other: KVCache, rows: Sequence[int]) -> None:
-        """Become a copy of some of another cache's rows, as many as this one has."""
+        """Become a copy of some of another cache's rows, in the order given, as many as this one has: how finished rows leave a batch."""
         index = uploaded(list(rows), self.keys.device)
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             mine[:, :, :, : other.longest] = theirs[:, :, :, : other.longest].index_select(1, index)

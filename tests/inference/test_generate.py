@@ -314,11 +314,12 @@ def test_cache_refuses_what_it_cannot_hold(model):
         model(torch.zeros(1, 1, dtype=torch.long), full)
 
 
-def test_cache_rows_can_be_selected_and_cut(model):
+def test_cache_rows_can_be_taken_and_cut(model):
     idx = torch.randint(101, (3, 8))
     cache = KVCache(model.config, 3)
     model(idx, cache)
-    picked = cache.select([2, 0])
+    picked = KVCache(model.config, 2)
+    picked.take(cache, [2, 0])
     cache.reset()
     picked.truncate([6, 8])
     after = model(torch.tensor([[7], [8]]), picked)
