@@ -128,7 +128,7 @@ def grown(model: GPTModel) -> GPTModel:
 def continuations_that_parse(model: GPTModel, tokenizer: Tokenizer, sources: list[str]) -> tuple[int, int]:
     """(continuations of function heads from `sources`, those that Python parses up to their last whole statement).
 
-    100 heads where there are as many. 120 tokens at temperature 0.8 and top-p 0.9 from the head alone, the same draws for each model.
+    100 heads where there are as many; 120 tokens at temperature 0.8 and top-p 0.9 from the head alone, the draws seeded.
     """
     heads = [
         f"def {node.name}({ast.unparse(node.args)}):\n"

@@ -67,7 +67,7 @@ SIZES = {
         *((name, batch, 256, 24) for name in ("gpt2-medium", "gpt2-xl") for batch in (8, 32)),
     ],
     "cpu": [("gpt2", 1, 64, 32)],
-    "dry": [("dry", 2, 5, 3)],
+    "dry": [("dry", 2, 5, 2)],
 }
 PREFILL_SIZES = {
     **SIZES,

@@ -82,7 +82,7 @@ class KVCache:
             self._set_lengths(lengths)
 
     def take(self, other: KVCache, rows: Sequence[int]) -> None:
-        """Become a copy of some of another cache's rows, in the order given, as many as this one has: how finished rows leave a batch."""
+        """Become a copy of some of another cache's rows, as many as this one has: how finished rows leave a batch."""
         index = uploaded(list(rows), self.keys.device)
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             mine[:, :, :, : other.longest] = theirs[:, :, :, : other.longest].index_select(1, index)

@@ -18,9 +18,12 @@ from torch import Tensor
 from ._launch import arch
 
 # tf32: fp32 with torch.set_float32_matmul_precision("high"), for the ops with products
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+DTYPES = {
+    "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64, "tf32": torch.float32,
+}  # fmt: skip
 WIDTHS = {768: 12, 1024: 16, 1280: 20, 1600: 25}  # GPT-2's four models and their heads
 HEAD_SIZES = (64, 80, 96, 128)
+OTHER_HEAD_SIZES = (16, 32, 48, 100, 112, 160, 192, 256)
 VOCABULARY = 50257
 ROWS = 8192  # 8 sequences of 1024 tokens
 
@@ -31,12 +34,14 @@ class Kind(NamedTuple):
     From a launch's arguments by name, flops: None where memory bounds it; programs: planned to be on a multiprocessor at once,
     where the grid has as many. weights: whether it reads something that no kernel before it wrote, and so, launched dependently,
     requests that before it waits for them. waves: of loads that may follow one on another's answer; None: as many as there are.
+    spills: bytes of a thread's registers that may go through memory.
     """
 
     flops: Callable[[Mapping[str, Any]], float] | None = None
     programs: Callable[[Mapping[str, Any]], int] = lambda arguments: 1
     weights: bool = True
     waves: Callable[[Mapping[str, Any]], int | None] = lambda arguments: None
+    spills: Callable[[Mapping[str, Any]], int] = lambda arguments: 0
 
 
 def _product_flops(a: Mapping[str, Any]) -> float:
@@ -46,6 +51,11 @@ def _product_flops(a: Mapping[str, Any]) -> float:
 def _attention_flops(products: int) -> Callable[[Mapping[str, Any]], float]:
     """Of `products` matrix products of [B, H, T, S] with D; causality saves half of each."""
     return lambda a: products * 2.0 * a["q_ptr"].numel() * a["S"] * (0.5 if a["CAUSAL"] else 1.0)
+
+
+def _few_of_wide_heads(a: Mapping[str, Any]) -> int:
+    """Heads over 128 wide, which no GPT-2 has, may spill a little."""
+    return 64 if a["D"] > 128 else 0
 
 
 # Weights of a token on their way to a multiprocessor, about: 24 KB in 16 bits, what an H100's 3.35 TB/s bring to one of 132 in a
@@ -76,9 +86,9 @@ KINDS: dict[str, Kind] = {
     "_gelu_bwd_kernel": STREAM,
     "_activation_backward_kernel": STREAM,
     "_gemm_kernel": PRODUCT,
-    "_attention_fwd_kernel": Kind(_attention_flops(2)),
-    "_attention_bwd_kernel": Kind(_attention_flops(5)),
-    "_attention_statistics_kernel": STREAM,
+    "_attention_fwd_kernel": Kind(_attention_flops(2), spills=_few_of_wide_heads),
+    "_attention_bwd_kernel": Kind(_attention_flops(5), spills=_few_of_wide_heads),
+    "_attention_statistics_kernel": Kind(spills=_few_of_wide_heads),
     # The cache, to which the kernel before may have just added; the keys wait for the length.
     "_decode_split_kernel": Kind(
         weights=False, waves=lambda a: 2 if a["BLOCK_T"] == 1 and a["first_ptr"] is None else None
@@ -138,6 +148,9 @@ class Scope:
 
 
 QUICK = Scope(("bf16",), (768,), (64,), variants=False)
+HEADS = Scope(
+    ("bf16", "fp16", "fp32", "fp64"), head_sizes=HEAD_SIZES + OTHER_HEAD_SIZES, variants=False, first_size_only=()
+)
 # for sm100 and sm120, to keep the lane within five minutes on two cores
 NARROW = Scope(variants=False, first_size_only=("fp16", "tf32", "fp32"))
 

@@ -163,11 +163,11 @@ def judge(
     if row.error:
         return [f"doesn't compile: {row.error}"]
     problems = []
-    if row.spilled > 0:
+    kind = kinds.get(row.kernel)
+    if row.spilled > (0 if kind is None else kind.spills(arguments)):
         problems.append(f"spills {row.spilled} bytes a thread")
     if row.shared > row.shared_limit:
         problems.append(f"takes {row.shared} bytes of shared memory of {row.shared_limit}")
-    kind = kinds.get(row.kernel)
     if kind is None:
         problems.append("is not in KINDS, which says what it is held to")
         return problems

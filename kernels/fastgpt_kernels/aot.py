@@ -1,6 +1,6 @@
 """Compile every production kernel for GPUs that aren't here, and hold what comes out to the project's rules.
 
-    python -m fastgpt_kernels.aot [--arch sm90 …] [--op NAME …] [--quick] [--json FILE] [--jobs N]
+    python -m fastgpt_kernels.aot [--arch sm90 …] [--op NAME …] [--quick | --heads] [--json FILE] [--jobs N]
 
 Each case calls a public function, forward and backward, on meta tensors inside `_launch.record(arch)`, so the launches are the
 ones production would make on that architecture. Triton's own JIT then binds and specialises the arguments, with a driver that
@@ -12,11 +12,11 @@ have, the tensor-core instruction, the widest global load and the share of the l
 (as counted in the code, loops once, 64-bit indices aside), the occupancy that registers, shared memory and warps allow, and the
 floor that the kernel is aiming at for the largest launch seen: bytes over the memory's rate or FLOPs over the tensor cores'.
 
-The exit status is 1 if any kernel spills, takes more shared memory than there is, multiplies 16-bit matrices without tensor
-cores, streams 16-bit data mostly by loads narrower than 16 bytes, fits a multiprocessor fewer times than planned, touches what an
-asynchronous product may still read (see _aot_races.py), waits for loads more often than planned (see _aot_waves.py), or, launched
-dependently, lets the next kernel start behind a load of its own, or waits for the kernel before it without having requested its
-weights. AMD targets (--arch gfx942) are reported and never fail.
+The exit status is 1 if any kernel spills (attention at heads over 128 wide: more than 64 bytes a thread), takes more shared
+memory than there is, multiplies 16-bit matrices without tensor cores, streams 16-bit data mostly by loads narrower than 16 bytes,
+fits a multiprocessor fewer times than planned, touches what an asynchronous product may still read (see _aot_races.py), waits for
+loads more often than planned (see _aot_waves.py), or, launched dependently, lets the next kernel start behind a load of its own, or
+waits for the kernel before it without having requested its weights. AMD targets (--arch gfx942) are reported and never fail.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ import triton
 from triton.backends.compiler import GPUTarget, Language
 
 from . import _launch
-from ._aot_cases import CASES, KINDS, NARROW, QUICK, Case, Kind, Scope
+from ._aot_cases import CASES, HEADS, KINDS, NARROW, QUICK, Case, Kind, Scope
 from ._aot_rules import CHIPS, TMA, Row, bytes_of, floor_of, judge, read_amd, read_nvidia
 
 ARCHITECTURES = tuple(f"sm{number}" for number in CHIPS)
+OF_HEADS = ("attention", "decode_attention")  # what `--heads` compiles
 
 
 class Target(NamedTuple):
@@ -274,6 +275,7 @@ def main(
     )
     parser.add_argument("--op", nargs="+", action="extend", choices=names, help="only these public functions")
     parser.add_argument("--quick", action="store_true", help="one width and head size, bf16 alone")
+    parser.add_argument("--heads", action="store_true", help="attention alone, at every head size and in fp64 too")
     parser.add_argument("--exhaustive", action="store_true", help="every variant at every size, not just at the first")
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="compile in N processes")
@@ -283,12 +285,12 @@ def main(
         return 2
 
     started = time.perf_counter()
-    wanted = set(options.op or names)
+    wanted = set(options.op or (OF_HEADS if options.heads else names))
     makers = [make for ops, make in cases.items() if set(ops) & wanted]
     selected, collected = 0, {}
     targets = options.arch or [parse_target(name) for name in ARCHITECTURES]
     for target in targets:
-        scope = QUICK if options.quick else NARROW if target.number >= 100 else Scope()
+        scope = QUICK if options.quick else HEADS if options.heads else NARROW if target.number >= 100 else Scope()
         scope = dataclasses.replace(scope, exhaustive=options.exhaustive)
         chosen = [case for make in makers for case in make(scope) if case.op in wanted]
         collected[target.name] = collect(chosen, target)

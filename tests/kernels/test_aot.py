@@ -201,6 +201,7 @@ def cases(scope):
         ("narrow", narrow_loads, (x, y, 4096), {"BLOCK": 1024}),
         ("shared", product, (a, b, c, 4096), {"M": 128, "N": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 5}),
         ("spills", product, (a, b, c, 4096), {"M": 128, "N": 128, "BLOCK_K": 16, "num_warps": 2, "num_stages": 1}),
+        ("may spill", product, (a, b, c, 4096), {"M": 128, "N": 256, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}),
         ("by hand", product_by_hand, (a, b, c), {"M": 16, "N": 16, "K": 16}),
         ("wrong", wrong, (x,), {}),
         ("stranger", stranger, (x,), {}),
@@ -208,7 +209,8 @@ def cases(scope):
         yield only(False, label, kernel, 1, *args, **constants)
 
 
-stream, product_kind = _aot_cases.STREAM, _aot_cases.Kind(lambda arguments: 1e9)
+stream = _aot_cases.STREAM
+product_kind = _aot_cases.Kind(lambda arguments: 1e9, spills=lambda a: 4096 if a["N"] == 256 else 0)
 kinds = {
     "dependent": stream, "without_weights": _aot_cases.Kind(weights=False), "crowded": _aot_cases.Kind(programs=lambda a: 3),
     "chained": _aot_cases.Kind(waves=lambda a: 2),
@@ -235,6 +237,7 @@ def bad(tmp_path_factory):
         ("narrow", "sm80", "16-byte loads"),
         ("shared", "sm86", "bytes of shared memory of 101376"),
         ("spills", "sm80", "spills"),
+        ("may spill", "sm80", None),
         ("by hand", "sm80", "without tensor cores"),
         ("wrong", "sm86", "doesn't compile"),
         ("stranger", "sm86", "not in KINDS"),

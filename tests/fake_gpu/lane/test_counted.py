@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from fake_gpu.device import h100
 from fake_gpu.scenario import ids, made
-
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -24,8 +23,6 @@ B, T = 32, 1024
 MILLISECONDS = 44.4
 OPS = 515
 GIGABYTES = 12.14
-
-
 
 
 def ours(config: GPTConfig) -> nn.Module:
