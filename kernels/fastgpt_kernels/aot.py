@@ -15,8 +15,8 @@ floor that the kernel is aiming at for the largest launch seen: bytes over the m
 The exit status is 1 if any kernel spills (attention at heads over 128 wide: more than 64 bytes a thread), takes more shared
 memory than there is, multiplies 16-bit matrices without tensor cores, streams 16-bit data mostly by loads narrower than 16 bytes,
 fits a multiprocessor fewer times than planned, touches what an asynchronous product may still read (see _aot_races.py), waits for
-loads more often than planned (see _aot_waves.py), or, launched dependently, lets the next kernel start behind a load of its own, or
-waits for the kernel before it without having requested its weights. AMD targets (--arch gfx942) are reported and never fail.
+loads more often than planned (see _aot_waves.py), or, launched dependently, lets the next kernel start behind a load of its own
+or waits for the kernel before it without having requested its weights. AMD targets (--arch gfx942) are reported and never fail.
 """
 
 from __future__ import annotations
