@@ -34,7 +34,7 @@ class Kind(NamedTuple):
     From a launch's arguments by name, flops: None where memory bounds it; programs: planned to be on a multiprocessor at once,
     where the grid has as many. weights: whether it reads something that no kernel before it wrote, and so, launched dependently,
     requests that before it waits for them. waves: of loads that may follow one on another's answer; None: as many as there are.
-    spills: bytes of a thread's registers that may go through memory.
+    spills: bytes of a thread's registers that may go through memory. wide: whether 16-bit data can come 16 bytes at a load.
     """
 
     flops: Callable[[Mapping[str, Any]], float] | None = None
@@ -42,6 +42,7 @@ class Kind(NamedTuple):
     weights: bool = True
     waves: Callable[[Mapping[str, Any]], int | None] = lambda arguments: None
     spills: Callable[[Mapping[str, Any]], int] = lambda arguments: 0
+    wide: Callable[[Mapping[str, Any]], bool] = lambda arguments: True
 
 
 def _product_flops(a: Mapping[str, Any]) -> float:
@@ -88,7 +89,7 @@ KINDS: dict[str, Kind] = {
     "_gemm_kernel": PRODUCT,
     "_attention_fwd_kernel": Kind(_attention_flops(2), spills=_few_of_wide_heads),
     "_attention_bwd_kernel": Kind(_attention_flops(5), spills=_few_of_wide_heads),
-    "_attention_statistics_kernel": Kind(spills=_few_of_wide_heads),
+    "_attention_statistics_kernel": Kind(spills=_few_of_wide_heads, wide=lambda a: a["D"] % 8 == 0),
     # The cache, to which the kernel before may have just added; the keys wait for the length.
     "_decode_split_kernel": Kind(
         weights=False, waves=lambda a: 2 if a["BLOCK_T"] == 1 and a["first_ptr"] is None else None
@@ -276,6 +277,8 @@ def attention_cases(scope: Scope) -> Iterator[Case]:
         attention(q, k, v)
 
     for name, dtype, head_size, variants in scope.over(scope.head_sizes, products=True):
+        if dtype == torch.float64 and head_size > 128:
+            continue  # refused
         label = f"{name} D={head_size}"
         yield Case("attention", f"{label} causal", partial(run, dtype, head_size, True, 0.0))
         yield Case("attention", f"{label} causal dropout", partial(run, dtype, head_size, True, 0.1))

@@ -177,7 +177,8 @@ def judge(
     if row.products == 0:
         problems.append("has a wgmma that was not found in its machine code, and so not looked at for races")
     problems += row.races[:3]  # the rest is likely the same
-    if kind.flops is None and row.wide_share < 0.5 and max(tensors, key=Tensor.numel).dtype in low:
+    narrow = kind.flops is None and row.wide_share < 0.5 and kind.wide(arguments)
+    if narrow and max(tensors, key=Tensor.numel).dtype in low:
         problems.append(f"loads {row.wide_share:.0%} of its bytes by 16-byte loads, the widest being {row.widest_load}")
     planned = min(kind.programs(arguments), math.ceil(math.prod(launch.grid) / SM_COUNT[capability]))
     if row.programs < planned:

@@ -52,9 +52,20 @@ from ._launch import arch, cdiv, launch, register
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 # The backward's statistics have rows of 16 bytes, and their number is padded to a multiple of this, no smaller than a tile: a
-# tile's are one aligned vector without a mask. Triton 3.6 copies a vector shorter than the threads are many once per warp. The
-# kernel that writes them, a streaming one, owns as many rows: 16 KB of out and of dout at D = 64.
+# tile's are one aligned vector without a mask. Triton 3.6 copies a vector shorter than the threads are many once per warp.
 PADDING = 128
+
+
+def _statistics_rows(head_size: int, dtype: torch.dtype) -> int:
+    """Rows of out and dout to a program of the kernel that writes them, a streaming one: 16 KB of each at D = 64 in 16 bits.
+
+    Few where they come in more registers: in fp64, and element by element where rows aren't multiples of 16 bytes.
+    """
+    spread = head_size % 8 if dtype.itemsize == 2 else head_size > 96 and head_size != 128
+    if head_size <= 64 or not (spread or dtype == torch.float64):
+        return PADDING
+    return 32 if head_size <= 128 else 16
+
 
 # The table starts from PyTorch's for flex attention (torch/_inductor/template_heuristics), as the forward's does.
 
@@ -62,25 +73,31 @@ PADDING = 128
 def _bwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool, documents: bool) -> dict[str, Any]:
     """BLOCK_OWN is what a program owns, keys or queries; BLOCK_INNER is what it takes at a time of the other."""
     maxnreg = None
+    between = 96 < head_size < 128  # these cost more registers than 128 does
     if dtype == torch.float64:
-        m, n, stages, warps = 16, 16, 1, 4
+        m, n, stages, warps, maxnreg = 16, 16, 1, 4 if head_size <= 32 else 8, 255
     elif dtype == torch.float32:
         if head_size <= 64:
             m, n, stages, warps = 32, 32, 2, 8
             # Left to choose, ptxas takes fewer registers than it needs and spills: in tf32, and with dropout.
-            maxnreg = (255 if dropout else None) if ieee(dtype) else 128
+            few = dropout or (head_size < 64 and arch // 10 == 8)
+            maxnreg = (255 if few else None) if ieee(dtype) else 128 if head_size == 64 else 255
         else:
             m, n, stages, warps = 16, 32 if head_size <= 128 else 16, 2 if head_size <= 128 and ieee(dtype) else 1, 8
+            maxnreg = 255 if between and not ieee(dtype) else None
     elif head_size > 128:
-        m, n, stages, warps = 32, 32, 1, 8
+        m, n, stages, warps, maxnreg = 32, 32, 1, 8, 255
     elif arch // 10 in (9, 10):
-        narrow = head_size > 64 and (dropout or (documents and head_size > 96))
-        m, n = 32 if narrow else 64, 64 if dropout and documents and head_size > 96 else 128
+        narrow = head_size > 64 and (dropout or (documents and head_size > 96) or between)
+        m, n = 32 if narrow else 64, 64 if dropout and ((documents and head_size > 96) or between) else 128
         # Of D = 128 in two stages, ptxas spills 16 bytes on sm90.
         deep = head_size <= 64 or (head_size > 96 and not narrow and arch // 10 == 9)
         stages, warps = 3 if deep else 2, 8
     else:
-        m, n, stages, warps = 32 if 64 < head_size <= 96 else 64, 64, 2, 4 if head_size <= 64 else 8
+        m, n = 32 if 64 < head_size <= 96 or (between and dropout) else 64, 32 if between and dropout else 64
+        stages, warps = 2, 4 if head_size <= 64 else 8
+        if documents and arch in (86, 89) and head_size < 64:
+            maxnreg = 255
         if dropout and arch >= 120:
             m //= 2
         if documents and not dropout and head_size <= 64 and arch == 80:
@@ -92,12 +109,12 @@ def _bwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool, do
 def _attention_statistics_kernel(
     out_ptr, dout_ptr, lse_ptr, statistics_ptr,
     stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, H, T, kept,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PADDING: tl.constexpr, APART: tl.constexpr,
-    ACC: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, PADDING: tl.constexpr,
+    APART: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(T, PADDING)
+    blocks = tl.cdiv(T, PADDING) * (PADDING // ROWS)
     head = tl.program_id(0) // blocks
-    rows = tl.program_id(0) % blocks * PADDING + tl.arange(0, PADDING)
+    rows = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     out = load_head(out_ptr + b * stride_ob + h * stride_oh, rows, stride_ot, T, D, BLOCK_D, BLOCK_E, True)
     dout = load_head(dout_ptr + b * stride_gb + h * stride_gh, rows, stride_gt, T, D, BLOCK_D, BLOCK_E, True)
@@ -105,7 +122,7 @@ def _attention_statistics_kernel(
     if BLOCK_E > 0:
         delta += tl.sum(out[1].to(ACC) * dout[1].to(ACC), 1)
     at = head.to(tl.int64) * T + rows
-    zero = tl.zeros([PADDING], ACC)
+    zero = tl.zeros([ROWS], ACC)
     if APART:
         high = tl.load(lse_ptr + at * 2, mask=rows < T, other=float("inf"))
         low = tl.load(lse_ptr + at * 2 + 1, mask=rows < T, other=0.0)
@@ -113,8 +130,8 @@ def _attention_statistics_kernel(
         high = tl.load(lse_ptr + at, mask=rows < T, other=float("inf"))
         low = zero
     statistics = tl.join(tl.join(high, delta * kept), tl.join(low, zero))
-    to = statistics_ptr + (tl.program_id(0).to(tl.int64) * (4 * PADDING) + tl.arange(0, 4 * PADDING))
-    tl.store(to, tl.reshape(statistics, [4 * PADDING]))
+    to = statistics_ptr + (tl.program_id(0).to(tl.int64) * (4 * ROWS) + tl.arange(0, 4 * ROWS))
+    tl.store(to, tl.reshape(statistics, [4 * ROWS]))
 
 
 @triton.jit(do_not_specialize=["T", "S"])
@@ -264,12 +281,13 @@ def attention_bwd(dout, q, k, v, first, out, lse, seed, causal, scale, dropout_p
     dq, dk, dv = split_gradients(gradients, q, k)
     statistics = torch.empty(B, H, cdiv(T, PADDING) * PADDING, 4, dtype=lse.dtype, device=q.device)
     head = head_constants(q) | {"APART": lse.dim() == 4}
-    kept = kept_share(dropout_p)
+    kept, rows = kept_share(dropout_p), _statistics_rows(D, q.dtype)
     launch(
         _attention_statistics_kernel,
-        (B * H * cdiv(T, PADDING),),
+        (B * H * cdiv(T, PADDING) * (PADDING // rows),),
         *(out, dout, lse, statistics, *out.stride()[:3], *dout.stride()[:3], H, T, kept),
         **{name: head[name] for name in ("D", "BLOCK_D", "BLOCK_E", "APART", "ACC")},
+        ROWS=rows,
         PADDING=PADDING,
     )
     blocks = _bwd_blocks(arch(q.device), D, q.dtype, seed is not None, first is not None)

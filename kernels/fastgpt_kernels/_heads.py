@@ -32,7 +32,10 @@ def head_constants(q: Tensor) -> dict[str, Any]:
     """D, BLOCK_D, BLOCK_E and how products are computed, for kernels that take heads of q's size and dtype."""
     size = q.shape[-1]
     first = max(16, 1 << (size.bit_length() - 1))
-    second = max(16, next_power_of_2(size - first)) if size > first else 0
+    second = max(64 if size > 128 else 16, next_power_of_2(size - first)) if size > first else 0
+    tf32_narrow = q.dtype == torch.float32 and not ieee(q.dtype) and size < 64
+    if size > first and (q.dtype == torch.float64 or tf32_narrow):
+        second = first  # one block of twice the width: of two, ptxas spills the backward's
     return {
         "D": size,
         "BLOCK_D": first if second < first else 2 * first,

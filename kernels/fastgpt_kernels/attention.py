@@ -3,7 +3,8 @@
     s2 = scale * log2(e) * q k^T      p = exp2(s2 - max)      l = rowsum(p)      out = p v / l
     dropout                           p in `out` is multiplied by keep / kept; `l` takes p as it is
 
-    q              [B, H, T, D]   bf16 | fp16 | fp32 | fp64     any strides with a unit last one (else copied)
+    q              [B, H, T, D]   bf16 | fp16 | fp32 | fp64     any strides with a unit last one (else copied); D up to 256, in
+                                                                fp64 to 128
     k, v           [B, H, S, D]   like q
     out            [B, H, T, D]   like q; memory is [B, T, H, D], which the projection after it reads without a copy
     lse            [B, H, T]      max + log2(l) in fp32; +inf where a query sees no key, so that its p is 0
@@ -65,20 +66,34 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 def _fwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool, documents: bool) -> dict[str, Any]:
     wide = arch // 10 in (9, 10)
+    between = 96 < head_size < 128  # in these ptxas needs more registers than at 128
     maxnreg = None
     if dtype == torch.float64:
         m, n, stages, warps = 16, 16, 1, 4
     elif dtype == torch.float32:  # small enough for "ieee", whose products are unrolled into FMAs
         m, n, stages, warps = (64, 32, 2, 8) if head_size <= 64 else (32, 16, 2 if head_size <= 128 else 1, 8)
-        if dropout and head_size <= 64 and ieee(dtype):
-            maxnreg = 168  # left alone, ptxas spills with documents to stay under 129
-        if arch in (86, 89) and 64 < head_size <= 128 and ieee(dtype):
-            maxnreg = 96  # left alone, ptxas spills at D = 96 to stay under 65 registers
+        # Where it is left alone, ptxas takes too few registers and spills:
+        if ieee(dtype):
+            if dropout and head_size <= 64:
+                maxnreg = 168  # 128 with documents
+            elif arch in (86, 89) and 64 < head_size <= 128:
+                maxnreg = 96  # 64 at D = 96
+        elif documents and head_size < 64:
+            maxnreg = 255
+        elif dropout and head_size > 128:
+            m = 16
+        if between:
+            maxnreg = 255
     elif head_size <= 64:  # two programs an SM: one's exp2 runs under the other's products
         half = dropout or (documents and arch // 10 == 8)  # 128 rows spill with documents where mma.sync holds them
         m, n, stages, warps = 64 if half else 128, 64, 3, 4
+        if documents and arch in (86, 89) and head_size < 64:
+            maxnreg = 255
+    elif head_size <= 128 and (wide or not between):
+        n = 128 if arch // 10 == 9 and head_size % 8 == 0 else 64  # rows padded for their copies cost registers
+        m, n, stages, warps = 128, n // (2 if dropout else 1), 2, 8
     elif head_size <= 128:
-        m, n, stages, warps = 128, (128 if arch // 10 == 9 else 64) // (2 if dropout else 1), 2, 8
+        m, n, stages, warps, maxnreg = 64, 64 if head_size % 8 == 0 else 16 if dropout else 32, 2, 8, 255
     else:
         m, n, stages, warps = 128 if wide else 64, 16 if dropout else 32, 2, 8
     return {"BLOCK_M": m, "BLOCK_N": n, "num_stages": stages, "num_warps": warps, "maxnreg": maxnreg}
@@ -248,7 +263,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_
         f"attention: q must be [B, H, T, D], k and v [B, H, S, D], got {given}",
     )
     B, _, T, D = q.shape
-    check(1 <= D <= MAX_HEAD_SIZE, f"attention: head size must be 1 to {MAX_HEAD_SIZE}, got {D}")
+    most = (
+        MAX_HEAD_SIZE // 2 if q.dtype == torch.float64 else MAX_HEAD_SIZE
+    )  # more takes more shared memory than there is
+    check(1 <= D <= most, f"attention: head size must be 1 to {most} in {q.dtype}, got {D}")
     check(0.0 <= dropout_p <= 1.0, f"attention: dropout_p must be from 0 to 1, got {dropout_p}")
     check(math.isfinite(scale), f"attention: scale must be finite, got {scale}")
     if first is None:
