@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = model.config
     print(
         f"The bundled model: {config.num_parameters / 1e6:.1f}M parameters, {config.n_layers} layers, width {config.emb_dim}, "
-        f"context {config.context_length}, trained on CPython's standard library. It runs on {device}"
+        f"context {config.context_length}, trained on the standard library and other Python sources. It runs on {device}"
         + (f" with {torch.get_num_threads()} threads." if device.type == "cpu" else ".")
     )
     print("\n--- It continues a Python class ---\n")

@@ -257,4 +257,4 @@ def test_the_bundled_model_converts(tmp_path, capsys):
     assert run("bundled", tmp_path / "b", "llms-from-scratch") == 0
     assert_same_logits(capsys.readouterr().out)
     config = json.loads((tmp_path / "b" / "config.json").read_text())
-    assert config["n_layers"] == config["fastgpt"]["n_layers"] == 4
+    assert config["n_layers"] == config["fastgpt"]["n_layers"] == 8
