@@ -1,8 +1,8 @@
 """What was predicted before any card ran this code, as data: a row each, with how a run fills in what it measured.
 
 Times are models of an H100 (3.0 TB/s, 798 TFLOP/s bf16, 2 us a kernel) for GPT-2 124M. A step is one of training at 32 x 1024
-tokens, a token one of batch 1 in bf16. What a step launches is counted (tests/fake_gpu/lane/test_counted.py). Gains are against commit a9cb315, whose reading they come from: a row of a gain that one
-run can't show stays empty until two are compared.
+tokens, a token one of batch 1 in bf16. What a step launches is counted (tests/fake_gpu/lane/test_counted.py). Gains are against
+commit a9cb315, whose reading they come from: a row of a gain that one run can't show stays empty until two are compared.
 """
 
 from __future__ import annotations
