@@ -102,7 +102,8 @@ def _attention() -> None:
 
 def _linear() -> None:
     torch.manual_seed(0)
-    inputs = [randn(384, 448), randn(256, 448, scale=0.05), randn(256)]  # three tiles a program on sm90, stages used again
+    # Three tiles a program on sm90, stages used again.
+    inputs = [randn(384, 448), randn(256, 448, scale=0.05), randn(256)]
     results(kernels.linear, inputs, torch.bfloat16, activation="gelu_tanh")
 
 
