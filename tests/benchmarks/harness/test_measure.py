@@ -161,7 +161,7 @@ def test_generation_counts_ids_and_calls_generate_once_a_sample():
     assert len(calls) - before == 2 + 3 + 1  # proof, samples, proof
     assert len(result.samples) == 3
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(calls))  # a new prompt each
-    assert candidate.notes["units"] == 2 * 3
+    assert candidate.notes["units"] == 2 * 2
 
 
 CHEATS = {
