@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hugging_face_pairs import END, RENAMED, close, hf_model, ids, pair, same_gradients, step, transformers
+from one_rank import data_parallel
 from torch import nn
 
 from fastgpt.compat.huggingface import accelerate, inplace, restore
@@ -195,14 +196,10 @@ def test_the_bare_model_and_a_classifier():
     assert type(restore(ours).transformer.ln_f) is nn.LayerNorm
 
 
-def test_distributed_data_parallel(tmp_path):
+def test_distributed_data_parallel():
     theirs, ours = pair()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        x = ids(2, 7)
-        wrapped = nn.parallel.DistributedDataParallel(ours)
+    x = ids(2, 7)
+    with data_parallel(ours) as wrapped:
         step(theirs, input_ids=x, labels=x)
         step(wrapped, input_ids=x, labels=x)
         same_gradients(theirs, ours)
-    finally:
-        torch.distributed.destroy_process_group()

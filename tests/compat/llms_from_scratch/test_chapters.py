@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from book_models import ATOL, Letters, T, V, appendix_e, ch04, ch05, ids, loaders, same_logits, twins
 from models import TINY
+from one_rank import data_parallel
 from torch import nn
 
 from fastgpt.compat import llms_from_scratch as book
@@ -150,11 +151,9 @@ def test_data_parallel():
     same_logits(fresh, upstream)
 
 
-def test_distributed_data_parallel(tmp_path, capsys):
+def test_distributed_data_parallel(capsys):
     upstream, model = twins()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(model)
+    with data_parallel(model) as wrapped:
         same_logits(wrapped, upstream)
         train, val = loaders()
         results = []
@@ -172,8 +171,6 @@ def test_distributed_data_parallel(tmp_path, capsys):
         fresh = GPTModel(TINY).eval()
         fresh.load_state_dict(wrapped.state_dict())
         same_logits(fresh, upstream.eval())
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from launches import launched_kernels
 from models import spread
 from nanogpt_oracle import NanoGPT
 from nanogpt_twins import SIZES, assert_same_gradients, oracle, tokens, twins
+from one_rank import data_parallel
 from torch import nn
 
 from fastgpt import GPTModel, use_backend
@@ -152,13 +152,10 @@ def test_trains_under_autocast_with_a_grad_scaler():
         assert ours.generate(idx[:, :4], 20, temperature=0.8, top_k=5).shape == (4, 24)
 
 
-def test_trains_under_ddp(tmp_path):
+def test_trains_under_ddp():
     theirs, ours = twins()
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(ours)
-        idx, targets = tokens(4, 16), tokens(4, 16, seed=1)
+    idx, targets = tokens(4, 16), tokens(4, 16, seed=1)
+    with data_parallel(ours) as wrapped:
         wrapped.require_backward_grad_sync = False  # as train.py accumulates gradients
         (wrapped(idx, targets)[1] / 2).backward()
         wrapped.require_backward_grad_sync = True
@@ -166,8 +163,6 @@ def test_trains_under_ddp(tmp_path):
         theirs.loss(idx, targets).backward()
         assert_same_gradients(wrapped.module, theirs)
         assert wrapped.module.generate(idx[:1, :2], 3).shape == (1, 5)
-    finally:
-        dist.destroy_process_group()
 
 
 def test_training_runs_through_the_kernels(device):
