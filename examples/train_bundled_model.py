@@ -190,7 +190,7 @@ def train(out: Path, text: Path, recipe: Path, start: list[str], changes: list[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--start", help="a model of the first part, to begin with the second: a directory, or bundled")
+    parser.add_argument("--start", help="a model of the first part, to begin with the second: its directory")
     parser.add_argument(
         "--files", type=int, help="try things out with this many files of each source, and two held out"
     )
@@ -203,7 +203,8 @@ def main() -> None:
         raise SystemExit(f"{out} has something in it: --resume goes on with it, another directory begins anew")
 
     if not text.is_dir():
-        write_texts(text, arguments.files)
+        write_texts(out / ".text", arguments.files)
+        (out / ".text").rename(text)  # once it is whole, so that --resume never takes half of it
     if not start.is_dir():
         source = arguments.start
         if source is None:

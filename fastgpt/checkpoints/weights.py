@@ -7,7 +7,7 @@
         llm.c's .bin      fp32 and bf16
         TensorFlow's      OpenAI's model.ckpt with hparams.json
 
-    save_pretrained(config, state dict, directory)      config.json and model.safetensors, or shards of it
+    save_pretrained(config, state dict, directory)      config.json and model.safetensors, or shards of it; or matrices in 8 bits
     save_as(config, state dict, path, format)           "hf", "nanogpt", "llms-from-scratch" or "llmc"
     save_rounded, load_rounded                          of int8 and int4 weights, which no other program reads
 
@@ -150,15 +150,20 @@ def save_pretrained(
     if dtype == torch.int8:
         tensors = integers.stored(to_layout(config, state_dict, "fastgpt"))
         formats.write_safetensors(config, tensors, Path(directory), max_shard_bytes)
-        _write_config(own_json(config), Path(directory), tokenizer)
+        _write_json(own_json(config), Path(directory), tokenizer)
         return
     tensors = _stored(config, state_dict, dtype)
     layout = "fastgpt" if differences(config, "gpt2") else "gpt2"
     formats.write_safetensors(config, to_layout(config, tensors, layout), Path(directory), max_shard_bytes)
-    _write_config(config_json(config, None if tokenizer is None else tokenizer.end_of_text), Path(directory), tokenizer)
+    _write_config(config, Path(directory), tokenizer)
 
 
-def _write_config(said: dict[str, Any], directory: Path, tokenizer: Tokenizer | None) -> None:
+def _write_config(config: GPTConfig, directory: Path, tokenizer: Tokenizer | None) -> None:
+    end_of_text = None if tokenizer is None else tokenizer.end_of_text
+    _write_json(config_json(config, end_of_text), directory, tokenizer)
+
+
+def _write_json(said: dict[str, Any], directory: Path, tokenizer: Tokenizer | None) -> None:
     write_text(directory / "config.json", json.dumps(said, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(directory)
@@ -177,7 +182,7 @@ def save_rounded(
     for a GPT-2.
     """
     formats.write_safetensors(config, dict(state_dict), Path(directory), max_shard_bytes)
-    _write_config({**own_json(config), "weights": weights}, Path(directory), None)
+    _write_json({**own_json(config), "weights": weights}, Path(directory), None)
 
 
 def load_rounded(source: str | os.PathLike[str]) -> tuple[GPTConfig, dict[str, Tensor], str] | None:
@@ -226,7 +231,7 @@ def save_as(
     tensors = _stored(config, state_dict, dtype)
     if format == "hf":
         formats.write_torch(formats.owned(to_layout(config, tensors, "gpt2")), path / "pytorch_model.bin")
-        _write_config(config_json(config, None if tokenizer is None else tokenizer.end_of_text), path, tokenizer)
+        _write_config(config, path, tokenizer)
     elif format == "nanogpt":
         formats.write_torch(formats.nanogpt_checkpoint(config, tensors), path / "ckpt.pt")
     elif format == "llmc":

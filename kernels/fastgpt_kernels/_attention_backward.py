@@ -59,7 +59,8 @@ PADDING = 128
 def _statistics_rows(head_size: int, dtype: torch.dtype) -> int:
     """Rows of out and dout to a program of the kernel that writes them, a streaming one: 16 KB of each at D = 64 in 16 bits.
 
-    Few where they come in more registers: in fp64, and element by element where rows aren't multiples of 16 bytes.
+    Few where they come in more registers: in fp64, in fp32 over 96 wide but for 128, and where 16-bit rows aren't multiples of
+    16 bytes and so come element by element.
     """
     spread = head_size % 8 if dtype.itemsize == 2 else head_size > 96 and head_size != 128
     if head_size <= 64 or not (spread or dtype == torch.float64):

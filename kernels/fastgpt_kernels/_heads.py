@@ -2,6 +2,7 @@
 
 Triton's tiles are powers of two. Padding a head of 80 columns to 128 would cost 1.6 times its products, shared memory and
 registers, so where two tiles waste less (80 = 64 + 16, 96 = 64 + 32) a head tile is the tuple of them, and otherwise of one.
+Of two ptxas spills in fp64 and in narrow TF32, which have one, and behind 128 columns where the second has fewer than 64.
 https://github.com/ROCm/aiter/issues/3858 found the split ahead of padding.
 
 Where products are asynchronous (Hopper, B200), the tiles that a loop walks over are boxes of tensor descriptors: the memory

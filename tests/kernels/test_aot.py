@@ -264,6 +264,13 @@ def test_the_gate_has_teeth(bad, case, arch, problem):
         assert any(problem in found for found in row["problems"]), row
 
 
+def test_what_may_spill_does(bad):
+    """Or the allowance would have shown nothing."""
+    spilled = [row["spilled"] for row in bad[1] if row["case"] == "may spill" and row["arch"] == "sm80"]
+    assert len(spilled) == 1
+    assert 0 < spilled[0] <= 4096
+
+
 TWINS = """
 from fastgpt_kernels import _aot_cases, aot
 
