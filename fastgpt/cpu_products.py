@@ -112,10 +112,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
 
 
 def mlp(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str = "gelu_tanh"
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str = "gelu_tanh",
+    residual: Tensor | None = None,
 ) -> Tensor:
     """reference.mlp, for an x that `takes` accepts."""
-    return _affine(reference.activate(_affine(x, w1, b1), activation), w2, b2)
+    y = _affine(reference.activate(_affine(x, w1, b1), activation), w2, b2)
+    return y if residual is None else residual + y
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *how: Any) -> Tensor:

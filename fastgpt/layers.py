@@ -18,7 +18,7 @@ from fastgpt import ops
 from fastgpt.checkpoints.integers import from_int8, to_int8
 from fastgpt.config import GPTConfig
 from fastgpt.inference.cache import KVCache
-from fastgpt.plan import BlockWeights, linear, plain
+from fastgpt.plan import BlockWeights, idle, linear, plain
 from fastgpt.reference import int4_weights
 
 
@@ -197,13 +197,14 @@ class FeedForward(nn.Module):
             nn.Linear(cfg.hidden_dim, cfg.emb_dim, bias=cfg.bias),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [B, T, C] -> [B, T, C], the residual added where there is one."""
         layers = self.layers
         if plain(layers, nn.Sequential) and len(layers) == 3:
             first, act, second = layers[0], layers[1], layers[2]
             if plain(first, nn.Linear) and plain(act, Activation) and plain(second, nn.Linear):
-                return ops.mlp(x, first.weight, first.bias, second.weight, second.bias, act.name)
-        return layers(x)
+                return ops.mlp(x, first.weight, first.bias, second.weight, second.bias, act.name, residual)
+        return layers(x) if residual is None else residual + layers(x)
 
 
 class MultiHeadAttention(nn.Module):
@@ -294,7 +295,7 @@ class TransformerBlock(nn.Module):
         if self.pre_norm:
             y, x = self._add_norm(None, x, self.norm1, self._attentions_dtype(x))
             y, x = self._add_norm(self.att(y, *context), x, self.norm2, self._feed_forwards_dtype(x))
-            return self._add(self.ff(y), x)
+            return self._add_feed_forward(y, x)
         x, _ = self._add_norm(self.att(x, *context), x, self.norm1)
         x, _ = self._add_norm(self.ff(x), x, self.norm2)
         return x
@@ -350,6 +351,12 @@ class TransformerBlock(nn.Module):
             return ops.add_layer_norm(branch, x, norm.scale, norm.shift, norm.eps, p, dtype=dtype)
         total = x if branch is None else self._add(branch, x)
         return norm(total), total
+
+    def _add_feed_forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """x + dropout(ff(y)); without dropout a plain module's last product adds x."""
+        if plain(self.ff, FeedForward) and idle(self.drop_shortcut):
+            return self.ff(y, x)
+        return self._add(self.ff(y), x)
 
     def _add(self, branch: Tensor, x: Tensor) -> Tensor:
         """x + dropout(branch)"""

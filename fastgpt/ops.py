@@ -288,9 +288,15 @@ def int4_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
 
 
 def mlp(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str = "gelu_tanh"
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str = "gelu_tanh",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    return _module("mlp", x).mlp(x, w1, b1, w2, b2, activation)
+    return _module("mlp", x).mlp(x, w1, b1, w2, b2, activation, residual)
 
 
 def attention(

@@ -52,9 +52,13 @@ class TokenWeights(NamedTuple):
 
 def plain(module: nn.Module, kind: type[_M]) -> TypeGuard[_M]:
     """Exactly a `kind`, with nothing that calling it would run besides its own forward."""
-    return type(module) is kind and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) is kind and not (hooks or "forward" in module.__dict__)  # accelerate puts its hooks there
+
+
+def idle(dropout: nn.Module) -> bool:
+    """Whether it is a plain nn.Dropout that drops nothing."""
+    return plain(dropout, nn.Dropout) and not (dropout.training and dropout.p > 0.0)
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:

@@ -157,10 +157,17 @@ def int4_weights(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def mlp(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str = "gelu_tanh"
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str = "gelu_tanh",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """linear(linear(x, w1, b1, activation), w2, b2): the two layers of a transformer's feed-forward part."""
-    return F.linear(activate(F.linear(x, w1, b1), activation), w2, b2)
+    """residual + linear(linear(x, w1, b1, activation), w2, b2): the two layers of a transformer's feed-forward part."""
+    y = F.linear(activate(F.linear(x, w1, b1), activation), w2, b2)
+    return y if residual is None else residual + y
 
 
 def attention(

@@ -13,7 +13,7 @@ from fastgpt import reference
 from fastgpt_kernels import _launch
 
 module = importlib.import_module("fastgpt_kernels.linear")  # the package has a function of that name
-NAMES = {"linear": ("y", "dx", "dweight", "dbias"), "mlp": ("y", "dx", "dw1", "db1", "dw2", "db2")}
+NAMES = {"linear": ("y", "dx", "dweight", "dbias"), "mlp": ("y", "dx", "dw1", "db1", "dw2", "db2", "dresidual")}
 
 
 def problem(op, shape, dtype, device, lead=None):
@@ -28,10 +28,10 @@ def problem(op, shape, dtype, device, lead=None):
 
 
 def run(op, inputs, grad, activation, dtype=None, layout=None):
-    """The op's result and the gradients of its inputs, the leaves in the layout of their `inputs`."""
+    """The op's result and the gradients of its inputs, the leaves in the layout of their `inputs`; a sixth is mlp's residual."""
     leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
     laid_out = [layout(t) for t in leaves] if layout else leaves
-    y = op(*laid_out, activation)
+    y = op(*laid_out[:5], activation, *laid_out[5:])
     y.backward(grad.to(y.dtype))
     return y, *(t.grad for t in leaves)
 
@@ -44,5 +44,5 @@ def compare(name, inputs, grad, activation, ours=module, layout=None):
     with TruncatedProducts() if cut else contextlib.nullcontext():
         plain = run(expected, inputs, grad, activation, layout=layout)
     results = got, plain, run(expected, inputs, grad, activation, torch.float64, layout=layout)
-    for value, *tensors in zip(NAMES[name], *results, strict=True):
+    for value, *tensors in zip(NAMES[name][: len(got)], *results, strict=True):
         assert_as_accurate_as_torch(*tensors, value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -246,6 +248,11 @@ def test_what_multiplies_a_tokens_rows_is_chosen_once(calls):
     ops.product(x)(x, leaf, None).sum().backward()
     assert leaf.grad is not None
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("op", cpu_products.OPS)
+def test_they_take_what_the_reference_takes(op):
+    inspect.signature(getattr(cpu_products, op)).bind(*inspect.signature(getattr(reference, op)).parameters)
 
 
 @pytest.mark.parametrize("fault", ["missing", "another signature", "wrong"])

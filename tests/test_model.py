@@ -278,6 +278,21 @@ def test_hooks_fire_and_may_change_the_result(where):
     assert torch.equal(model(idx), before)
 
 
+def test_a_feed_forward_that_is_watched_gives_its_own_output():
+    """Without the residual that a plain one's last product adds; also where the instance has a forward of its own."""
+    model = tiny_model()
+    block, x = model.trf_blocks[0], torch.randn(2, 5, TINY["emb_dim"])
+    after, seen = block(x), []
+    handle = block.ff.register_forward_hook(lambda m, a, out: seen.append((a[0], out)))
+    assert torch.equal(block(x), after)
+    handle.remove()
+    ((y, branch),) = seen
+    torch.testing.assert_close(branch, block.ff.layers(y))
+    own = block.ff.forward
+    block.ff.forward = lambda y: 2 * own(y)  # as accelerate replaces it
+    torch.testing.assert_close(block(x) - after, branch)
+
+
 def test_upstreams_lora_and_weight_assignment():
     lora = pytest.importorskip("llms_from_scratch.appendix_e", reason="needs llms_from_scratch")
     model = tiny_model()

@@ -41,7 +41,7 @@ FREE = {
     "promote_types", "sym_size", "size",
 }
 WRITES = {"zero_", "fill_", "zeros", "ones", "zeros_like", "ones_like", "full"}
-GEMMS = {"mm", "_gemm_activation", "_gemm_gradient"}
+GEMMS = {"mm", "_gemm_activation", "_gemm_residual", "_gemm_gradient"}
 # fmt: on
 
 

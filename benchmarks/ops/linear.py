@@ -4,6 +4,7 @@ an activation's derivative, the bias and its gradient ride along. `mlp` is two l
 from __future__ import annotations
 
 import functools
+import importlib
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,28 @@ def mlp_inputs(size, draw: Draw):
     return draw.normal(M, C), *weights
 
 
+def residual_inputs(size, draw: Draw):
+    return *mlp_inputs(size, draw), draw.normal(size["M"], size["C"]).float()
+
+
+def with_residual(module):
+    """A block's: residuals are fp32 beside a branch in 16 bits, as under autocast."""
+    return lambda *tensors: module().mlp(*tensors[:5], residual=tensors[5])
+
+
+def residual_layers(passes):
+    """The residual, and y or its gradient, in fp32: read once and written once; the gradient is what came."""
+
+    def work(s, b):
+        inner, one = layers(passes)(s, b), 4 * s["M"] * s["C"]
+        narrow = s["M"] * s["C"] * b
+        if passes == 1:
+            return Work(inner.flops, inner.read + one, inner.written + one - narrow)
+        return Work(inner.flops, inner.read + one - narrow, inner.written)
+
+    return work
+
+
 def library_epilogue(case):
     """cuBLASLt's own fused bias and tanh GELU; forward only."""
     needs_cuda("cuBLASLt's epilogue")
@@ -112,4 +135,14 @@ MLP = Op(
     gradients=(0, 1, 2, 3, 4),
     growth=MLP_GROWTH,
 )
-OPS = (PLAIN, GELU, MLP)
+RESIDUAL = Op(
+    "mlp",
+    residual_inputs,
+    {"forward": residual_layers(1), "backward": residual_layers(2)},
+    {scale: [{**size, "residual": 1} for size in sizes] for scale, sizes in MLP_SIZES.items() if scale != "cpu"}
+    | {"cpu": []},
+    gradients=(0, 1, 2, 3, 4, 5),
+    direct=with_residual(lambda: importlib.import_module("fastgpt_kernels")),
+    plain=with_residual(lambda: reference),
+)
+OPS = (PLAIN, GELU, MLP, RESIDUAL)

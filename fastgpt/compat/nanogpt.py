@@ -34,7 +34,7 @@ from fastgpt.inference.batch import Called, evaluating
 from fastgpt.inference.generate import generate_tensor
 from fastgpt.inference.sampling import SamplingParams
 from fastgpt.model import GPTModel
-from fastgpt.plan import Unchanged, plain
+from fastgpt.plan import Unchanged, idle, plain
 from fastgpt.training.optimizer import optimizer_groups
 
 A100_BF16_FLOPS = 312e12  # the peak that nanoGPT's MFU is a share of
@@ -111,13 +111,14 @@ class MLP(nn.Module):
         """x [B, T, C] -> [B, T, C]"""
         return self.dropout(self.branch(x))
 
-    def branch(self, x: Tensor) -> Tensor:
-        """`forward` before its dropout."""
+    def branch(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`forward` before its dropout, the residual added where there is one."""
         up, down = self.c_fc, self.c_proj
         if plain(up, nn.Linear) and plain(down, nn.Linear) and plain(self.gelu, nn.GELU):
             activation = ACTIVATIONS[self.gelu.approximate]
-            return ops.mlp(x, up.weight, up.bias, down.weight, down.bias, activation)
-        return down(self.gelu(up(x)))
+            return ops.mlp(x, up.weight, up.bias, down.weight, down.bias, activation, residual)
+        y = down(self.gelu(up(x)))
+        return y if residual is None else residual + y
 
 
 class Block(nn.Module):
@@ -138,6 +139,8 @@ class Block(nn.Module):
         else:
             x = _add(branch, x, p)
             y = self.ln_2(x)
+        if plain(self.mlp, MLP) and idle(self.mlp.dropout):
+            return self.mlp.branch(y, x)
         branch, p = _branch(self.mlp, y, "dropout")
         return _add(branch, x, p)
 
@@ -189,10 +192,8 @@ class GPT(nn.Module):
 
         Returns (logits [B, T, V], mean cross-entropy) with targets, (logits [B, 1, V] of the last position, None) without.
         """
-        t = idx.shape[1]
-        assert t <= self.config.block_size, (
-            f"Cannot forward sequence of length {t}, block size is only {self.config.block_size}"
-        )
+        t, most = idx.shape[1], self.config.block_size
+        assert t <= most, f"Cannot forward sequence of length {t}, block size is only {most}"
         x = self._embed(idx)
         for block in self.transformer.h:
             x = block(x)
@@ -205,9 +206,8 @@ class GPT(nn.Module):
     def _embed(self, idx: Tensor) -> Tensor:
         """dropout(tokens + positions) [B, T, C]"""
         wte, wpe, drop = self.transformer.wte, self.transformer.wpe, self.transformer.drop
-        if all(plain(t, nn.Embedding) and t.padding_idx is t.max_norm is None for t in (wte, wpe)) and plain(
-            drop, nn.Dropout
-        ):
+        tables = all(plain(t, nn.Embedding) and t.padding_idx is t.max_norm is None for t in (wte, wpe))
+        if tables and plain(drop, nn.Dropout):
             return ops.embedding(idx, wte.weight, wpe.weight, drop.p if self.training else 0.0)
         return drop(wte(idx) + wpe(torch.arange(idx.shape[1], device=idx.device)))
 

@@ -173,7 +173,7 @@ class Engine:
             out = ops.decode_attention(q, cache.keys[i], cache.values[i], lengths)
             y, x = ops.add_layer_norm(F.linear(out.reshape(B, -1), block.out[0].T, block.out[1]), x, *block.norm2, eps)
             up, down = block.up, block.down
-            x = x + ops.mlp(y, up[0].T, up[1], down[0].T, down[1], self.config.activation)
+            x = ops.mlp(y, up[0].T, up[1], down[0].T, down[1], self.config.activation, x)
         y = ops.layer_norm(x, *token.norm, eps)
         return F.linear(y, *token.head)[:, : self.config.vocab_size]
 

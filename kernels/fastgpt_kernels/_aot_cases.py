@@ -247,9 +247,10 @@ def linear_cases(scope: Scope) -> Iterator[Case]:
         if grad:
             backward(y)
 
-    def run_mlp(dtype: torch.dtype, width: int, activation: str) -> None:
+    def run_mlp(dtype: torch.dtype, width: int, activation: str, residual: torch.dtype | None = None) -> None:
         layers = *parameters(dtype, 4 * width, width), *parameters(dtype, width, 4 * width)
-        backward(mlp(meta(ROWS, width, dtype=dtype, grad=True), *layers, activation))
+        beside = None if residual is None else meta(ROWS, width, dtype=residual, grad=True)
+        backward(mlp(meta(ROWS, width, dtype=dtype, grad=True), *layers, activation, beside))
 
     for name, dtype, width, variants in scope.over(scope.widths, products=True):
         label = f"{name} C={width}"
@@ -259,6 +260,10 @@ def linear_cases(scope: Scope) -> Iterator[Case]:
                     "linear", f"{label} M={rows} {activation}", partial(run, dtype, rows, width, True, activation)
                 )
             yield Case("mlp", f"{label} M={ROWS} {activation}", partial(run_mlp, dtype, width, activation))
+        # as under autocast, and without
+        for residual in (torch.float32, dtype) if dtype.itemsize == 2 else ():
+            beside = partial(run_mlp, dtype, width, "gelu_tanh", residual)
+            yield Case("mlp", f"{label} M={ROWS} residual in {8 * residual.itemsize} bits", beside)
         if variants:
             yield Case("linear", f"{label} M={ROWS} no bias", partial(run, dtype, ROWS, width, False, "gelu_tanh"))
 

@@ -1,12 +1,13 @@
 """Matrix products whose epilogues do the memory-bound work of a feed-forward layer.
 
     gemm_activation   pre = a b + bias, out = activation(pre)       a linear layer; pre is stored where asked for
+    gemm_residual     out = pre + a b + bias                        a linear layer and the sum with what passed it by
     gemm_gradient     out = (a b) * activation'(pre)                the gradient of its input, through the activation before it
                       sums = column sums of out                     and that of the bias in pre
 
     a, b              [M, K], [K, N]     bf16 | fp16 | fp32 | fp64, any strides
-    pre, out          [M, N]             like a, contiguous
-    bias, sums        [N]                like a
+    pre, out          [M, N]             like a, contiguous; of gemm_residual a's dtype or wider
+    bias, sums        [N]                a's dtype or wider
     partial           [P, N]             fp32 (fp64), one row of each row of tiles
 
 A program owns an output tile and all of K. A second kernel adds up partial sums in an order that the shapes decide: no atomics.
@@ -19,8 +20,9 @@ Elsewhere a program reads through plain pointers and owns one tile.
 
 Bound by tensor cores: 2 M N K FLOPs over their rate. An epilogue that moves pre beside out adds 2 M N elements of traffic:
 at K = 768 memory is then busy for 78% of the products' time, and GELU's instructions are issued for 40% of it, its
-derivative's for 70%. There two programs of 128 x 128 share a multiprocessor, one's epilogue under the other's products. PARTS
-cuts the epilogue's columns, to save registers and the shared memory that its stores pass through.
+derivative's for 70%. With fp32 residuals in and out at K = 3072 memory is busy for 70%. There two programs of 128 x 128 share
+a multiprocessor, one's epilogue under the other's products. PARTS cuts the epilogue's columns, to save registers and the
+shared memory that its stores pass through.
 
 A product without such an epilogue is torch's, by cuBLAS.
 
@@ -65,7 +67,7 @@ UNALIGNED = Blocks(128, 64, 32, warps=8, stages=3, parts=2)  # columns off 16-by
 
 
 def gemm_blocks(M: int, N: int, dtype: torch.dtype, capability: int, sms: int, aligned: bool, epilogue: str) -> Blocks:
-    """The largest tile of a short list that gives every multiprocessor one. epilogue: an activation or "gradient".
+    """The largest tile of a short list that gives every multiprocessor one. epilogue: an activation, "residual" or "gradient".
 
     Accumulators take 64 registers a thread where two programs of eight warps are to fit, else 128; the lists hold what
     compiles without spills for each architecture (python -m fastgpt_kernels.aot).
@@ -74,7 +76,7 @@ def gemm_blocks(M: int, N: int, dtype: torch.dtype, capability: int, sms: int, a
         return Blocks(32, 64, 16, warps=4, stages=3, parts=2)
     if dtype == torch.float32 and not tf32(dtype):
         return Blocks(64, 64, 32, warps=8, stages=2)  # a step's FMAs take over 1000 clocks: one tile ahead is enough
-    parts = 4 if epilogue in ("gradient", "gelu") else 2  # another tile in registers, erf's polynomial
+    parts = 4 if epilogue in ("gradient", "residual", "gelu") else 2  # another tile in registers, erf's polynomial
     if dtype == torch.float32:
         choices = [Blocks(128, 128, 32, warps=8, stages=3, parts=parts), Blocks(64, 64, 32, warps=4, stages=3)]
     elif M <= 32:  # the weight is all the traffic: narrow tiles for many programs, a deep pipeline for loads in flight
@@ -158,7 +160,7 @@ def _gemm_kernel(
     a, b, bias_ptr, pre, out, sums_ptr,
     M, N, K,
     stride_am, stride_ak, stride_bk, stride_bn,
-    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_PRE: tl.constexpr, GRADIENT: tl.constexpr, HAS_SUMS: tl.constexpr,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_PRE: tl.constexpr, READ_PRE: tl.constexpr, HAS_SUMS: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr, A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, GROUP_M: tl.constexpr,
@@ -194,11 +196,14 @@ def _gemm_kernel(
                 tile += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(ACC)[None, :]
             if SAVE_PRE:
                 _store(pre, tile, m, first, M, N, BLOCK_M, PART_N, DESCRIPTORS)
-            if GRADIENT:
+            if READ_PRE:
                 # not through a descriptor: its load would be waited for on the spot, this one is asked for a part ahead
                 if part == 0 or not DESCRIPTORS:
                     x = _load(pre, m, first, M, N, N, 1, BLOCK_M, PART_N, False, False)
-                tile = through_activation(tile, x.to(ACC), ACTIVATION)
+                if ACTIVATION is None:
+                    tile += x.to(ACC)
+                else:
+                    tile = through_activation(tile, x.to(ACC), ACTIVATION)
                 if DESCRIPTORS and part + 1 < PARTS:
                     x = _load(pre, m, first + PART_N, M, N, N, 1, BLOCK_M, PART_N, False, False)
             else:
@@ -230,29 +235,40 @@ def _describe(x: Tensor, block_rows: int, block_cols: int, transposed: bool | No
 
 
 def _gemm(
-    a: Tensor, b: Tensor, bias: Tensor | None, pre: Tensor | None, activation: str, gradient: bool, sums: bool
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    pre: Tensor | None,
+    activation: str | None,
+    reads: bool = False,
+    sums: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """-> out [M, N], partial column sums [P, N] ([0, 0] unless `sums`); writes pre, or reads it for the gradient."""
+    """-> out [M, N] in `dtype` or a's, partial column sums [P, N] ([0, 0] unless `sums`).
+
+    Writes pre; or `reads` it, for the activation's gradient or, without one, to add it.
+    """
     (M, K), N, device = a.shape, b.shape[1], a.device
-    out = torch.empty((M, N), device=device, dtype=a.dtype)
+    out = torch.empty((M, N), device=device, dtype=dtype or a.dtype)
     capability, sms = arch(device), sm_count(device)
     a_transposed, b_transposed = _orientation(a), _orientation(b)
     aligned = a_transposed is not None and b_transposed is not None and _orientation(out) is False
     descriptors = aligned and asynchronous(capability, a.dtype)
-    blocks = gemm_blocks(M, N, a.dtype, capability, sms, aligned, "gradient" if gradient else activation)
+    epilogue = activation or "residual"
+    blocks = gemm_blocks(M, N, a.dtype, capability, sms, aligned, "gradient" if reads and activation else epilogue)
     tiles_m, tiles_n, part = cdiv(M, blocks.m), cdiv(N, blocks.n), blocks.n // blocks.parts
     wide = torch.promote_types(a.dtype, torch.float32)
     partial = torch.empty((tiles_m, N) if sums else (0, 0), device=device, dtype=wide)
     operands: tuple[Any, ...] = (a, b, bias, pre, out)
     if descriptors:
         described = (_describe(a, blocks.m, blocks.k, a_transposed), _describe(b, blocks.k, blocks.n, b_transposed))
-        saved = pre if pre is None or gradient else _describe(pre, blocks.m, part)
+        saved = pre if pre is None or reads else _describe(pre, blocks.m, part)
         operands = (*described, bias, saved, _describe(out, blocks.m, part))
     launch(
         _gemm_kernel,
         (min(tiles_m * tiles_n, sms * blocks.programs) if descriptors else tiles_m * tiles_n,),
         *operands, partial, M, N, K, *a.stride(), *b.stride(),
-        ACTIVATION=activation, HAS_BIAS=bias is not None, SAVE_PRE=pre is not None and not gradient, GRADIENT=gradient,
+        ACTIVATION=activation, HAS_BIAS=bias is not None, SAVE_PRE=pre is not None and not reads, READ_PRE=reads,
         HAS_SUMS=sums, ACC=_accumulator(a.dtype), PRECISION="tf32" if tf32(a.dtype) else "ieee",
         DESCRIPTORS=descriptors, A_TRANSPOSED=bool(a_transposed), B_TRANSPOSED=bool(b_transposed),
         BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_K=blocks.k, PARTS=blocks.parts, GROUP_M=GROUP_M,
@@ -272,17 +288,26 @@ def _fake(a: Tensor, b: Tensor, second: Any) -> Pair:
 def gemm_activation(a: Tensor, b: Tensor, bias: Tensor | None, activation: str, save_pre: bool) -> Pair:
     """a [M, K], b [K, N] -> out [M, N], and pre [M, N] or, unless save_pre, an empty tensor."""
     pre = torch.empty((a.shape[0], b.shape[1]) if save_pre else 0, device=a.device, dtype=a.dtype)
-    out, _ = _gemm(a, b, bias, pre if save_pre else None, activation, gradient=False, sums=False)
+    out, _ = _gemm(a, b, bias, pre if save_pre else None, activation)
     return out, pre
 
 
 @register(
-    "_gemm_gradient(Tensor a, Tensor b, Tensor pre, str activation, bool wants_sums) -> (Tensor, Tensor)",
-    fake=lambda a, b, pre, activation, wants_sums: _fake(a, b, b.shape[1] if wants_sums else 0),
+    "_gemm_residual(Tensor a, Tensor b, Tensor? bias, Tensor residual) -> Tensor",
+    fake=lambda a, b, bias, residual: torch.empty_like(residual, memory_format=torch.contiguous_format),
 )
-def gemm_gradient(a: Tensor, b: Tensor, pre: Tensor, activation: str, wants_sums: bool) -> Pair:
-    """a [M, K], b [K, N], pre [M, N] -> out [M, N], sums [N] or an empty tensor."""
-    out, partial = _gemm(a, b, None, pre, activation, gradient=True, sums=wants_sums)
-    sums = a.new_empty(partial.shape[1])
-    column_sums(partial, sums)
-    return out, sums
+def gemm_residual(a: Tensor, b: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """a [M, K], b [K, N], contiguous residual [M, N] -> residual + a b + bias, in the residual's dtype."""
+    return _gemm(a, b, bias, residual, None, reads=True, dtype=residual.dtype)[0]
+
+
+@register(
+    "_gemm_gradient(Tensor a, Tensor b, Tensor pre, str activation, ScalarType? sums) -> (Tensor, Tensor)",
+    fake=lambda a, b, pre, activation, sums: (_fake(a, b, 0)[0], a.new_empty(b.shape[1] if sums else 0, dtype=sums)),
+)
+def gemm_gradient(a: Tensor, b: Tensor, pre: Tensor, activation: str, sums: torch.dtype | None) -> Pair:
+    """a [M, K], b [K, N], pre [M, N] -> out [M, N], sums [N] in the dtype that is asked for, or an empty tensor."""
+    out, partial = _gemm(a, b, None, pre, activation, reads=True, sums=sums is not None)
+    total = a.new_empty(partial.shape[1], dtype=sums)
+    column_sums(partial, total)
+    return out, total

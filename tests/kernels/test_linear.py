@@ -6,9 +6,10 @@ import pytest
 import torch
 from compare import assert_as_accurate_as_torch
 from layouts import LAYOUTS
-from linear_problems import compare, module, problem, run
+from linear_problems import NAMES, compare, module, problem, run
 
-from fastgpt_kernels import gemm
+from fastgpt import reference
+from fastgpt_kernels import _launch, gemm
 from fastgpt_kernels.linear import ACTIVATIONS, linear, mlp
 
 # NumPy says under the interpreter what a GPU does in silence.
@@ -25,6 +26,66 @@ def test_linear(activation, dtype, device):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_mlp(activation, dtype, device):
     compare("mlp", *problem("mlp", (70, 48, 80, 40), dtype, device), activation)
+
+
+@pytest.fixture(params=["one kernel", "two"])
+def summed_in(request, monkeypatch):
+    """Where a residual is added: in the last product's kernel, or behind it."""
+    monkeypatch.setattr(module, "sm_count", lambda _: 1 if request.param == "one kernel" else 10**6)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("dtype", "residual"),
+    [
+        ("float32", "float32"),
+        ("float16", "float16"),
+        ("float16", "float32"),
+        ("float32", "float16"),
+        ("float16", "float64"),
+    ],
+)
+def test_residual(dtype, residual, summed_in, device):
+    """mlp and the sum with what passed it by; y has the wider dtype, and each gradient its own input's."""
+    inputs, grad = problem("mlp", (70, 48, 80, 40), getattr(torch, dtype), device)
+    inputs.append(torch.randn(70, 40, device=device).to(getattr(torch, residual)))
+    with _launch.record(90) as launches:
+        module.mlp(*(t.to("meta") for t in inputs[:5]), residual=inputs[5].to("meta"))
+    products = sum(launch.kernel.__name__ == "_gemm_kernel" for launch in launches)
+    assert products == (2 if dtype == "float16" and residual != "float64" and summed_in == "one kernel" else 1)
+    compare("mlp", inputs, grad, "gelu_tanh")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_a_residual(layout, summed_in, device):
+    inputs, grad = problem("mlp", (0, 24, 16, 8), torch.float16, device, lead=(3, 5))
+    inputs.append(torch.randn(3, 5, 8, device=device))
+    view = LAYOUTS[layout]
+    compare("mlp", inputs, view(grad), "relu", layout=lambda t: view(t) if t.dim() == 3 else t)
+
+
+@pytest.mark.parametrize("frozen", [("residual",), ("x", "w1", "b1", "w2", "b2"), ("w2", "b2"), ("x", "w1", "b1")])
+def test_a_residual_among_frozen_inputs(frozen, summed_in, device):
+    inputs, grad = problem("mlp", (9, 24, 16, 8), torch.float16, device)
+    inputs.append(torch.randn(9, 8, device=device))
+    names = ("x", "w1", "b1", "w2", "b2", "residual")
+    _, *everything = run(mlp, inputs, grad.float(), "gelu")
+    leaves = [t.clone().requires_grad_(name not in frozen) for t, name in zip(inputs, names, strict=True)]
+    mlp(*leaves[:5], "gelu", leaves[5]).backward(grad.float())
+    for leaf, expected in zip(leaves, everything, strict=True):
+        assert leaf.grad is None if not leaf.requires_grad else torch.equal(leaf.grad, expected)
+
+
+def test_bad_residuals(device):
+    inputs, _ = problem("mlp", (9, 24, 16, 8), torch.float16, device)
+    for residual, message in (
+        (torch.ones(9, 16), r"residual must be \[9, 8\], got \[9, 16\]"),
+        (torch.ones(8), r"residual must be \[9, 8\], got \[8\]"),
+        (torch.ones(9, 8).long(), "residual must be float16, .* got torch.int64"),
+        (torch.ones(9, 8, device="meta"), "residual on meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mlp(*inputs, residual=residual if residual.is_meta else residual.to(device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -120,6 +181,9 @@ def test_gradcheck(device):
         inputs, _ = problem(name, shape, torch.float64, device)
         op = getattr(module, name)
         assert torch.autograd.gradcheck(lambda *t: op(*t, activation), [t.requires_grad_() for t in inputs])  # noqa: B023
+    inputs += [torch.randn(2, 2, dtype=torch.float64, device=device)]
+    leaves = [t.requires_grad_() for t in inputs]
+    assert torch.autograd.gradcheck(lambda *t: mlp(*t[:5], "gelu", t[5]), leaves)
 
 
 def test_opcheck(device):
@@ -128,10 +192,14 @@ def test_opcheck(device):
     for op, arguments in (
         (gemm.gemm_activation.op, (x, weight.t(), bias, "gelu_tanh", True)),
         (gemm.gemm_activation.op, (x, weight.t(), None, "relu", False)),
-        (gemm.gemm_gradient.op, (x, weight.t(), pre, "relu", True)),
-        (gemm.gemm_gradient.op, (x, weight.t(), pre, "gelu", False)),
-        (module.activation_backward.op, (dy, pre, "gelu", True)),
-        (module.activation_backward.op, (dy, None, None, True)),
+        (gemm.gemm_residual.op, (x, weight.t(), bias, pre)),
+        (gemm.gemm_residual.op, (x, weight.t(), None, pre.float())),
+        (gemm.gemm_gradient.op, (x, weight.t(), pre, "relu", torch.float16)),
+        (gemm.gemm_gradient.op, (x, weight.t(), pre, "relu", torch.float32)),
+        (gemm.gemm_gradient.op, (x, weight.t(), pre, "gelu", None)),
+        (module.activation_backward.op, (dy, pre, "gelu", torch.float16, torch.float16)),
+        (module.activation_backward.op, (dy, None, None, None, torch.float32)),
+        (module.activation_backward.op, (dy.float(), None, None, torch.float16, None)),
     ):
         torch.library.opcheck(op, arguments)
 
@@ -139,7 +207,7 @@ def test_opcheck(device):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own doing
 def test_compile(device):
     def op(x, w1, b1, w2, b2):
-        return linear(mlp(x, w1, b1, w2, b2, "gelu_tanh"), w1, b1, "relu")
+        return linear(mlp(x, w1, b1, w2, b2, "gelu_tanh", x), w1, b1, "relu")
 
     inputs, _ = problem("mlp", (0, 24, 16, 24), torch.float16, device, lead=(3, 3))
     grad = torch.randn(3, 3, 16, device=device)
@@ -150,7 +218,9 @@ def test_compile(device):
 
 
 def test_autocast(device):
+    """Weights are rounded for the products as torch has it, and gradients come in their own dtype; biases stay as they are."""
     inputs, grad = problem("mlp", (9, 24, 16, 8), torch.float32, device)
+    inputs = [t.half().float() if t.dim() == 1 else t for t in inputs]
     halves = [t.half() for t in inputs]
     expected = run(mlp, halves, grad.half(), "gelu_tanh")
     with torch.autocast(device.type, dtype=torch.float16):
@@ -160,6 +230,18 @@ def test_autocast(device):
     assert [t.dtype for t in ours] == [torch.float16] * 2 + [torch.float32] * 4
     for a, b in zip(ours, expected, strict=True):
         assert torch.equal(a.half(), b)
+
+
+def test_residual_under_autocast(summed_in, device):
+    """What a block of a GPT does: an fp32 residual, a branch in half precision. Gradients err at most twice as torch's do."""
+    inputs, grad = problem("mlp", (70, 48, 80, 48), torch.float32, device)
+    inputs = [inputs[0].half(), *inputs[1:], torch.randn(70, 48, device=device)]
+    with torch.autocast(device.type, dtype=torch.float16):
+        ours = run(mlp, inputs, grad, "gelu_tanh")
+        plain = run(reference.mlp, inputs, grad, "gelu_tanh")
+    exact = run(reference.mlp, inputs, grad, "gelu_tanh", torch.float64)
+    for name, *three in zip(NAMES["mlp"], ours, plain, exact, strict=True):
+        assert_as_accurate_as_torch(*three, name)
 
 
 def test_second_backward_raises(device):

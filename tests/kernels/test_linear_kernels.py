@@ -25,6 +25,7 @@ def small_blocks(monkeypatch):
     def use(parts=2, kernels=gemm, ops=module):
         block = Blocks(16, 16 * max(parts, 2), 16, warps=4, stages=3, parts=parts)
         monkeypatch.setattr(kernels, "gemm_blocks", lambda *_: block)
+        monkeypatch.setattr(ops, "sm_count", lambda _: 1)  # large tiles enough to add a residual in
         monkeypatch.setattr(ops, "COLUMNS", 32)
         monkeypatch.setattr(ops, "PROGRAMS_PER_SM", 1)
         if not torch.cuda.is_available():
@@ -38,6 +39,7 @@ def small_blocks(monkeypatch):
 def test_many_tiles(parts, dtype, small_blocks, device):
     small_blocks(parts)
     compare("mlp", *problem("mlp", (40, 32, 72, 48), dtype, device), "gelu_tanh")
+    check_residual(module, dtype, device)
 
 
 def test_tf32_follows_torch(small_blocks, monkeypatch, device):
@@ -136,6 +138,11 @@ def check_mlp(ours):
     compare("mlp", *problem("mlp", (40, 32, 72, 48), torch.float16, "cpu"), "gelu_tanh", ours)
 
 
+def check_residual(ours, dtype=torch.float16, device="cpu"):
+    inputs, grad = problem("mlp", (40, 32, 72, 48), dtype, device)
+    compare("mlp", [*inputs, 100 * torch.randn(40, 48, device=device)], grad, "gelu_tanh", ours)
+
+
 def check_gradient_layout(ours):
     inputs, grad = problem("linear", (40, 24, 72), torch.float32, "cpu")
     compare("linear", inputs, LAYOUTS["last two transposed"](grad), "gelu", ours)
@@ -153,6 +160,16 @@ MUTANTS = {
     "parts in each other's place": ("gemm", "n + part * PART_N", "n + (PARTS - 1 - part) * PART_N", check_single),
     "first part's derivative": ("gemm", "first + PART_N, M, N, N, 1", "n, M, N, N, 1", check_mlp),
     "no derivative": ("gemm", "tile = through_activation(tile, x.to(ACC), ACTIVATION)", "pass", check_mlp),
+    "no residual": ("gemm", "tile += x.to(ACC)", "pass", check_residual),
+    "first part's residual": ("gemm", "first + PART_N, M, N, N, 1", "n, M, N, N, 1", check_residual),
+    "a residual in half precision": ("gemm", "tile += x.to(ACC)", "tile += x.to(tl.float16).to(ACC)", check_residual),
+    "no bias beside a residual": ("gemm", "tile += tl.load(bias_ptr", "tile += 0.0 * tl.load(bias_ptr", check_residual),
+    "no rounded gradient": (
+        "linear",
+        "tl.store(dpre_ptr + offsets, dpre",
+        "tl.store(dpre_ptr + offsets, 0 * dpre",
+        check_residual,
+    ),
     "column sums of the first tile": (
         "gemm",
         "* N + cols, sums, mask=cols < N)",
@@ -171,7 +188,7 @@ def broken_module(monkeypatch, source, original, changed):
     copy = mutant(source, original, changed)
     if source == "linear":
         return copy, gemm
-    for name in ("gemm_activation", "gemm_gradient"):
+    for name in ("gemm_activation", "gemm_residual", "gemm_gradient"):
         monkeypatch.setattr(module, name, getattr(copy, name))
     return module, copy
 

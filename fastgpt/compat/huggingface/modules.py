@@ -17,7 +17,7 @@ from transformers.models.gpt2 import modeling_gpt2
 from transformers.utils.generic import can_return_tuple
 
 from fastgpt import ops
-from fastgpt.plan import plain
+from fastgpt.plan import idle, plain
 
 ATTENTION = "fastgpt"  # the name in transformers' registries
 WEIGHTS = "fastgpt_attention_weights"  # keyword from the model's entry to the attention function
@@ -77,11 +77,6 @@ AttentionInterface.register(ATTENTION, attention_forward)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a neighbour may read this module's parameters instead of calling it (accelerate's hooks replace `forward`)."""
-    return plain(module, kind) and "forward" not in module.__dict__
-
-
 class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         return ops.layer_norm(input, self.weight, self.bias, self.eps)
@@ -98,12 +93,18 @@ class NewGELUActivation(activations.NewGELUActivation):
 
 
 class GPT2MLP(modeling_gpt2.GPT2MLP):
-    def forward(self, hidden_states: Any) -> Tensor:  # transformers' annotation says a tuple of tensors
+    # transformers' annotation of hidden_states says a tuple of tensors
+    def forward(self, hidden_states: Any, residual: Tensor | None = None) -> Tensor:
+        """The original's, the residual added where there is one."""
         up, down, activation = self.c_fc, self.c_proj, _ACTIVATIONS.get(type(self.act))
-        if activation and _plain(self.act, type(self.act)) and _plain(up, Conv1D) and _plain(down, Conv1D):
-            y = ops.mlp(hidden_states, up.weight.t(), up.bias, down.weight.t(), down.bias, activation)
-            return self.dropout(y)
-        return super().forward(hidden_states)
+        if activation and plain(self.act, type(self.act)) and plain(up, Conv1D) and plain(down, Conv1D):
+            weights = up.weight.t(), up.bias, down.weight.t(), down.bias
+            if idle(self.dropout):
+                return ops.mlp(hidden_states, *weights, activation, residual)
+            y = self.dropout(ops.mlp(hidden_states, *weights, activation))
+        else:
+            y = super().forward(hidden_states)
+        return y if residual is None else residual + y
 
 
 class GPT2Block(modeling_gpt2.GPT2Block):
@@ -120,12 +121,12 @@ class GPT2Block(modeling_gpt2.GPT2Block):
         context: dict[str, Any] = {"past_key_values": past_key_values, "attention_mask": attention_mask, **kwargs}
         context["use_cache"] = use_cache
         norm = self.ln_2
-        if encoder_hidden_states is not None or not _plain(norm, LayerNorm):
+        if encoder_hidden_states is not None or not plain(norm, LayerNorm):
             context["encoder_hidden_states"] = encoder_hidden_states  # which the original refuses
             return super().forward(hidden_states, encoder_attention_mask=encoder_attention_mask, **context)
         attended, _ = self.attn(self.ln_1(hidden_states), **context)
         y, residual = ops.add_layer_norm(attended, hidden_states, norm.weight, norm.bias, norm.eps)
-        return residual + self.mlp(y)
+        return self.mlp(y, residual) if plain(self.mlp, GPT2MLP) else residual + self.mlp(y)
 
 
 class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
@@ -159,7 +160,7 @@ class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
             **kwargs,
         }
         head = self.lm_head
-        if labels is None or not self.training or not _plain(head, nn.Linear):
+        if labels is None or not self.training or not plain(head, nn.Linear):
             return super().forward(input_ids, labels=labels, logits_to_keep=logits_to_keep, **inputs)
         outputs = self.transformer(input_ids, **inputs)
         rows = outputs.last_hidden_state.flatten(0, -2)

@@ -28,6 +28,24 @@ def test_a_norm_in_bf16_beside_its_input(arch, precision):
     compare(arch, PRECISIONS[precision], of(kernels), of(reference), [randn(37, 768), randn(768), randn(768)])
 
 
+@pytest.mark.one_of("mlp beside its residual")
+@pytest.mark.parametrize("rows", [390, 401])
+@PRECISION
+def test_an_mlp_beside_its_residual(arch, precision, rows):
+    """Of a large tile for each multiprocessor, which the machine has four of, the last product adds residuals in fp32."""
+
+    def of(module):
+        def mlp(x, w1, b1, w2, b2, residual):
+            wide = residual if residual.dtype == torch.float64 else residual.float()
+            return module.mlp(x, w1, b1, w2, b2, residual=wide)
+
+        return mlp
+
+    w1, w2 = randn(128, 64, scale=0.1), randn(64, 128, scale=0.1)
+    inputs = [randn(rows, 64), w1, randn(128), w2, randn(64), randn(rows, 64)]
+    compare(arch, PRECISIONS[precision], of(kernels), of(reference), inputs)
+
+
 @pytest.mark.one_of("embedding positions")
 @PRECISION
 def test_embedding_at_given_positions(arch, precision):
