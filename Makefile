@@ -2,7 +2,8 @@
 #
 #   make demo    the bundled model writes text; generation with and without the KV cache
 #   make test    the whole suite: reference, Triton interpreter, ahead-of-time compiling, and on a GPU the gpu lane
-#   make test-all  the same, and every case of the executed lane instead of a sample
+#   make test-all  the same, every case of the executed lane instead of a sample, every kernel compiled ahead of time, and both
+#                  once more with the oldest versions that are kept working: some hours of two cores
 #   make bench   benchmarks beside transformers and llms_from_scratch; the report is out/bench/<machine>/report/report.md
 #   make lint    ruff and mypy
 #   make docs    the API reference, out/docs/index.html; a warning is an error
@@ -12,8 +13,11 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # Two workers suit two cores; each computes with one thread.
 WORKERS ?= 2
+# What `make test-all` tests besides: see constraints.txt. Its interpreter needs the older numpy.
+OLDEST ?= .venv-oldest
+OLD = torch==2.11.0 triton==3.6.0 'numpy<2.4'
 
-.PHONY: demo test test-all bench lint docs clean
+.PHONY: demo test test-all test-oldest bench lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastgpt demo
@@ -23,8 +27,15 @@ test: $(VENV)/.tested
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/ptx_machine
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/fake_gpu
 
-test-all: test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ptx_machine --all-cases
+test-all: test test-oldest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/ptx_machine --all-cases
+	OMP_NUM_THREADS=1 $(BIN)/python -m fastgpt_kernels.aot --jobs $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m fastgpt_kernels.aot --jobs $(WORKERS) --heads
+
+test-oldest: $(OLDEST)/.tested
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) tests/ptx_machine --all-cases
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) tests/fake_gpu
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m fastgpt_kernels.aot --jobs $(WORKERS)
 
 bench: $(VENV)/.tested
 	$(BIN)/fastgpt bench
@@ -58,5 +69,12 @@ $(VENV)/.tested: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps llms-from-scratch==1.0.19 # its own dependencies include TensorFlow
 	touch $@
 
+$(OLDEST)/.tested: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(torch|triton|numpy)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet $(OLD)
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt $(OLD) --editable '.[dev]'
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(OLDEST)

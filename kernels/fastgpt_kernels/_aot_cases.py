@@ -73,7 +73,6 @@ def _streaming(width: str) -> Kind:
 
 
 STREAM = Kind()
-PRODUCT = Kind(_product_flops)
 KINDS: dict[str, Kind] = {
     "_layer_norm_fwd_kernel": STREAM,
     "_layer_norm_bwd_kernel": STREAM,
@@ -86,7 +85,8 @@ KINDS: dict[str, Kind] = {
     "_gelu_fwd_kernel": STREAM,
     "_gelu_bwd_kernel": STREAM,
     "_activation_backward_kernel": STREAM,
-    "_gemm_kernel": PRODUCT,
+    # One that goes from tile to tile is launched as often as it is planned to fit.
+    "_gemm_kernel": Kind(_product_flops, programs=lambda a: 8 if a["DESCRIPTORS"] else 1),
     "_attention_fwd_kernel": Kind(_attention_flops(2), spills=_few_of_wide_heads),
     "_attention_bwd_kernel": Kind(_attention_flops(5), spills=_few_of_wide_heads),
     "_attention_statistics_kernel": Kind(spills=_few_of_wide_heads, wide=lambda a: a["D"] % 8 == 0),

@@ -155,6 +155,15 @@ def _halves(x):
     return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
 
 
+@triton.jit
+def _quarters(x):
+    """Four parts of the columns of the tile x, from the left."""
+    left, right = _halves(x)
+    left0, left1 = _halves(left)
+    right0, right1 = _halves(right)
+    return left0, left1, right0, right1
+
+
 @triton.jit(do_not_specialize=["M"])
 def _gemm_kernel(
     a, b, bias_ptr, pre, out, sums_ptr,
@@ -182,10 +191,12 @@ def _gemm_kernel(
         if PARTS == 2:
             parts = _halves(acc)
         elif PARTS == 4:
+            parts = _quarters(acc)
+        elif PARTS == 8:
             left, right = _halves(acc)
-            left0, left1 = _halves(left)
-            right0, right1 = _halves(right)
-            parts = (left0, left1, right0, right1)
+            p0, p1, p2, p3 = _quarters(left)
+            p4, p5, p6, p7 = _quarters(right)
+            parts = (p0, p1, p2, p3, p4, p5, p6, p7)
         else:
             parts = (acc,)
         for part in tl.static_range(PARTS):
@@ -256,6 +267,8 @@ def _gemm(
     descriptors = aligned and asynchronous(capability, a.dtype)
     epilogue = activation or "residual"
     blocks = gemm_blocks(M, N, a.dtype, capability, sms, aligned, "gradient" if reads and activation else epilogue)
+    if out.itemsize > a.itemsize:  # whose stores pass through shared memory too: no more of it
+        blocks = blocks._replace(parts=2 * blocks.parts)
     tiles_m, tiles_n, part = cdiv(M, blocks.m), cdiv(N, blocks.n), blocks.n // blocks.parts
     wide = torch.promote_types(a.dtype, torch.float32)
     partial = torch.empty((tiles_m, N) if sums else (0, 0), device=device, dtype=wide)
