@@ -66,10 +66,20 @@ _IN_FLIGHT = 12288
 
 def _streaming(width: str) -> Kind:
     """Of a kernel whose programs hold ROWS rows of W of that width, for one row after another of the batch."""
-    return Kind(
-        programs=lambda a: max(round(_IN_FLIGHT / (a["ROWS"] * a[width])), 1),
-        waves=lambda a: 2 if a["B"] == 1 else None,
-    )
+
+    def programs(a: Mapping[str, Any]) -> int:
+        if a.get("INPUT") == "parts" and a["B"] >= 4 and a[width] > 1024:
+            return 1  # 16 warps with a row's parts in their registers, which are most of what is in flight
+        return max(round(_IN_FLIGHT / (a["ROWS"] * a[width])), 1)
+
+    return Kind(programs=programs, waves=lambda a: 2 if a["B"] == 1 else None)
+
+
+def _split_waves(a: Mapping[str, Any]) -> int | None:
+    """The length, then keys and values with q; ptxas asks for a second piece of q behind k's first in fp16 and of split heads."""
+    if a["BLOCK_T"] > 1 or a["first_ptr"] is not None:
+        return None
+    return 3 if a["BLOCK_E"] or a["k_ptr"].dtype == torch.float16 else 2
 
 
 STREAM = Kind()
@@ -91,9 +101,7 @@ KINDS: dict[str, Kind] = {
     "_attention_bwd_kernel": Kind(_attention_flops(5), spills=_few_of_wide_heads),
     "_attention_statistics_kernel": Kind(spills=_few_of_wide_heads, wide=lambda a: a["D"] % 8 == 0),
     # The cache, to which the kernel before may have just added; the keys wait for the length.
-    "_decode_split_kernel": Kind(
-        weights=False, waves=lambda a: 2 if a["BLOCK_T"] == 1 and a["first_ptr"] is None else None
-    ),
+    "_decode_split_kernel": Kind(weights=False, waves=_split_waves),
     "_decode_combine_kernel": STREAM,
     "_token_qkv_kernel": _streaming("C"),
     "_token_matrix_kernel": _streaming("K"),

@@ -299,7 +299,7 @@ def _project(batch: int, block: int, capability: int) -> tuple[int, int | None]:
     columns and one row's parts there (80 registers), three programs fit, and all 192 run at once.
     """
     if block > 1024:
-        return PROJECT_ROWS if batch <= 4 else ROWS, None
+        return PROJECT_ROWS if batch < 4 else ROWS, None
     if batch >= 4 and capability in (86, 89):
         return ROWS, 1
     return PROJECT_ROWS, None

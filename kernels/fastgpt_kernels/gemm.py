@@ -75,7 +75,8 @@ def gemm_blocks(M: int, N: int, dtype: torch.dtype, capability: int, sms: int, a
     if dtype == torch.float64:
         return Blocks(32, 64, 16, warps=4, stages=3, parts=2)
     if dtype == torch.float32 and not tf32(dtype):
-        return Blocks(64, 64, 32, warps=8, stages=2)  # a step's FMAs take over 1000 clocks: one tile ahead is enough
+        # A step's FMAs take over 1000 clocks: one tile ahead is enough. Left alone, ptxas takes too few registers and spills.
+        return Blocks(64, 64, 32, warps=8, stages=2, maxnreg=96)
     parts = 4 if epilogue in ("gradient", "residual", "gelu") else 2  # another tile in registers, erf's polynomial
     if dtype == torch.float32:
         choices = [Blocks(128, 128, 32, warps=8, stages=3, parts=parts), Blocks(64, 64, 32, warps=4, stages=3)]
