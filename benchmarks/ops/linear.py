@@ -139,8 +139,7 @@ RESIDUAL = Op(
     "mlp",
     residual_inputs,
     {"forward": residual_layers(1), "backward": residual_layers(2)},
-    {scale: [{**size, "residual": 1} for size in sizes] for scale, sizes in MLP_SIZES.items() if scale != "cpu"}
-    | {"cpu": []},
+    {"cpu": [], **{scale: [{**size, "residual": 1} for size in MLP_SIZES[scale]] for scale in ("gpu", "dry")}},
     gradients=(0, 1, 2, 3, 4, 5),
     direct=with_residual(lambda: importlib.import_module("fastgpt_kernels")),
     plain=with_residual(lambda: reference),

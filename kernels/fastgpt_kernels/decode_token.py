@@ -296,7 +296,8 @@ def _project(batch: int, block: int, capability: int) -> tuple[int, int | None]:
 
     From 4 rows on, 8 columns with two rows' parts take up to 188 registers of 8 warps: one program a multiprocessor. That is
     one round of GPT-2's 96 programs on the 108 of an A100 or the 132 of an H100, and two on the 84 of a chip of sm86. With 4
-    columns and one row's parts there (80 registers), three programs fit, and all 192 run at once.
+    columns and one row's parts there (80 registers), three programs fit, and all 192 run at once. Wider models have 16 warps with
+    128 registers: from 4 rows on 8 columns spill.
     """
     if block > 1024:
         return PROJECT_ROWS if batch < 4 else ROWS, None
