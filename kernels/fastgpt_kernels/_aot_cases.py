@@ -59,18 +59,15 @@ def _few_of_wide_heads(a: Mapping[str, Any]) -> int:
     return 64 if a["D"] > 128 else 0
 
 
-# Weights of a token on their way to a multiprocessor, about: 24 KB in 16 bits, what an H100's 3.35 TB/s bring to one of 132 in a
-# microsecond, which is how long a busy memory takes to answer.
-_IN_FLIGHT = 12288
-
-
 def _streaming(width: str) -> Kind:
     """Of a kernel whose programs hold ROWS rows of W of that width, for one row after another of the batch."""
 
     def programs(a: Mapping[str, Any]) -> int:
-        if a.get("INPUT") == "parts" and a["B"] >= 4 and a[width] > 1024:
-            return 1  # 16 warps with a row's parts in their registers, which are most of what is in flight
-        return max(round(_IN_FLIGHT / (a["ROWS"] * a[width])), 1)
+        from .decode_token import resident
+
+        if a.get("INPUT") == "parts" and a["B"] > 1:  # a row's parts, 24 KB of them, are most of what is in flight
+            return 1 if a["WINDOW"] > 1 or a[width] > 1024 else 2
+        return resident(a["ROWS"], a[width])
 
     return Kind(programs=programs, waves=lambda a: 2 if a["B"] == 1 else None)
 

@@ -85,7 +85,10 @@ def _bwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool, do
             maxnreg = (255 if few else None) if ieee(dtype) else 128 if head_size == 64 else 255
         else:
             m, n, stages, warps = 16, 32 if head_size <= 128 else 16, 2 if head_size <= 128 and ieee(dtype) else 1, 8
-            maxnreg = 255 if between and not ieee(dtype) else None
+            if ieee(dtype):
+                maxnreg = 128 if dropout and head_size <= 96 and arch == 80 else None
+            elif between:
+                maxnreg = 255
     elif head_size > 128:
         m, n, stages, warps, maxnreg = 32, 32, 1, 8, 255
     elif arch // 10 in (9, 10):
@@ -99,10 +102,15 @@ def _bwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool, do
         stages, warps = 2, 4 if head_size <= 64 else 8
         if documents and arch in (86, 89) and head_size < 64:
             maxnreg = 255
-        if dropout and arch >= 120:
-            m //= 2
-        if documents and not dropout and head_size <= 64 and arch == 80:
-            m = 32  # of 64, ptxas spills 8 bytes there
+        # Where ptxas would spill, mostly 8 bytes of an address, rows come half as many at a time:
+        padded = 80 < head_size <= 96
+        if arch >= 120:
+            spills = dropout or (documents and head_size <= 96)
+        elif arch == 80:
+            spills = documents and not dropout and (head_size <= 64 or padded)
+        else:
+            spills = dropout and (padded or (documents and 48 < head_size <= 64))
+        m //= 2 if spills else 1
     return {"BLOCK_INNER": m, "BLOCK_OWN": n, "num_stages": stages, "num_warps": warps, "maxnreg": maxnreg}
 
 

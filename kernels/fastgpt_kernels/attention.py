@@ -76,8 +76,8 @@ def _fwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool, do
         if ieee(dtype):
             if dropout and head_size <= 64:
                 maxnreg = 168  # 128 with documents
-            elif arch in (86, 89) and 64 < head_size <= 128:
-                maxnreg = 96  # 64 at D = 96
+            elif arch // 10 == 8 and 64 < head_size <= 128 and (arch > 80 or dropout or documents):
+                maxnreg = 128
         elif documents and head_size < 64:
             maxnreg = 255
         elif dropout and head_size > 128:
@@ -85,13 +85,14 @@ def _fwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool, do
         if between:
             maxnreg = 255
     elif head_size <= 64:  # two programs an SM: one's exp2 runs under the other's products
-        half = dropout or (documents and arch // 10 == 8)  # 128 rows spill with documents where mma.sync holds them
+        half = dropout or (documents and arch // 10 in (8, 12))  # 128 rows spill with documents where mma.sync holds them
         m, n, stages, warps = 64 if half else 128, 64, 3, 4
         if documents and arch in (86, 89) and head_size < 64:
             maxnreg = 255
     elif head_size <= 128 and (wide or not between):
         n = 128 if arch // 10 == 9 and head_size % 8 == 0 else 64  # rows padded for their copies cost registers
-        m, n, stages, warps = 128, n // (2 if dropout else 1), 2, 8
+        half = dropout or (documents and head_size > 96 and arch >= 120)
+        m, n, stages, warps = 128, n // (2 if half else 1), 2, 8
     elif head_size <= 128:
         m, n, stages, warps, maxnreg = 64, 64 if head_size % 8 == 0 else 16 if dropout else 32, 2, 8, 255
     else:

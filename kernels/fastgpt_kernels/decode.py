@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._heads import add_dot, dot_heads, head_constants, load_head, scale_head, store_head, unit_last, zero_head
-from ._launch import cdiv, check, check_device, check_float, launch, next_power_of_2, register
+from ._launch import arch, cdiv, check, check_device, check_float, launch, next_power_of_2, register
 
 MAX_HEAD_SIZE = 256
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -180,13 +180,16 @@ def attend_splits(
     gives zeros and -Inf. Row b's cache holds lengths[b] + `new` positions. pdl: see decode_token.
     """
     (B, H, T, D), S, block_t = q.shape, k_cache.shape[2], 1 if q.shape[2] == 1 else QUERY_TILE
+    # Of split heads in 16 bits ptxas would rather spill an address there than fit fewer programs.
+    spills = block_t == 1 and first is not None and 64 < D <= 96 and q.dtype.itemsize == 2 and arch(q.device) < 90
     launch(
         _decode_split_kernel, (B * H * cdiv(T, block_t) * cdiv(S, split_keys),),
         q, k_cache, v_cache, lengths, first, parts, lse,
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], lengths.stride(0),
         0 if first is None else first.stride(0), *lse.stride(), H, T, S,
         BLOCK_T=block_t, BLOCK_N=split_keys, NEW=new, PDL=pdl, **head_constants(q),
-        num_warps=_split_warps(split_keys * D * k_cache.itemsize), **({"launch_pdl": True} if pdl else {}),
+        num_warps=_split_warps(split_keys * D * k_cache.itemsize), maxnreg=128 if spills else None,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 

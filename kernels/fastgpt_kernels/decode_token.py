@@ -48,7 +48,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._ahead import AHEAD_BYTES, Ahead, ask_ahead, load_piece, plan
-from ._launch import INTERPRETING, arch, cdiv, check, check_device, launch, next_power_of_2
+from ._launch import INTERPRETING, arch, cdiv, check, check_device, launch, next_power_of_2, sm_count
 from ._math import activation as _activation
 from ._token import combined, embedded, load_input, load_norm, load_parts, load_rows, normed, times_rows
 from .decode import attend_splits
@@ -61,6 +61,10 @@ MAX_WIDTH = 16384
 
 # Keys of one program: at D = 64, 16 KB each of keys and values in flight; GPT-2's 12 heads make 96 programs at 1024 positions.
 SPLIT_KEYS = 128
+
+# Elements of W on their way to a multiprocessor, about: 24 KB in 16 bits, what an H100's 3.35 TB/s bring to one of 132 in a
+# microsecond, which is how long a busy memory takes to answer.
+IN_FLIGHT = 12288
 
 # Rows of W a program. Four of 768 are 6 KB in flight, and GPT-2's narrowest product makes 192 programs for 132
 # multiprocessors. The head has 50257 rows: longer programs read x less often. `project` combines the splits once a program.
@@ -281,9 +285,8 @@ def _warps(block: int) -> int:
 
 def _window(batch: int, source: str, warps: int) -> int:
     """Rows whose inputs are on their way or in use at once: computing one takes about as long as L2 takes to answer."""
-    return min(
-        batch, 1 if warps == 16 else 2 if source == "parts" else 3
-    )  # 16 warps have 128 registers a thread, at most
+    most = 2 if source in ("fp32 tables", "parts") else 3
+    return min(batch, 1 if warps == 16 else most)  # 16 warps have 128 registers a thread, at most
 
 
 def _combining_warps(block: int, splits: int) -> int:
@@ -291,19 +294,34 @@ def _combining_warps(block: int, splits: int) -> int:
     return min(max(block * splits // 1024, 4), 16)
 
 
-def _project(batch: int, block: int, capability: int) -> tuple[int, int | None]:
+def _project(batch: int, width: int, multiprocessors: int) -> tuple[int, int | None]:
     """Columns a program of `project`, and rows in flight where that isn't _window's.
 
-    From 4 rows on, 8 columns with two rows' parts take up to 188 registers of 8 warps: one program a multiprocessor. That is
-    one round of GPT-2's 96 programs on the 108 of an A100 or the 132 of an H100, and two on the 84 of a chip of sm86. With 4
-    columns and one row's parts there (80 registers), three programs fit, and all 192 run at once. Wider models have 16 warps with
+    From 2 rows on, 8 columns with two rows' parts take up to 188 registers of 8 warps: one program a multiprocessor. That is
+    one round of GPT-2's 96 programs on the 108 of an A100 or the 132 of an H100, and two on the 84 of an RTX 3090. With 4
+    columns and one row's parts there (80 registers in 16 bits), three programs fit, and all 192 run at once. Wider models have 16 warps with
     128 registers: from 4 rows on 8 columns spill.
     """
-    if block > 1024:
+    if next_power_of_2(width) > 1024:
         return PROJECT_ROWS if batch < 4 else ROWS, None
-    if batch >= 4 and capability in (86, 89):
+    if batch > 1 and cdiv(width, PROJECT_ROWS) > multiprocessors:
         return ROWS, 1
     return PROJECT_ROWS, None
+
+
+def resident(rows: int, width: int) -> int:
+    """Programs planned on a multiprocessor that hold `rows` rows of W, `width` elements each: IN_FLIGHT of them in all."""
+    return max(round(IN_FLIGHT / (rows * width)), 1)
+
+
+def _registers(rows: int, width: int, warps: int, batch: int, dtype: torch.dtype) -> int | None:
+    """What a thread may have, where ptxas would rather spill than fit fewer programs: as much as the planned ones leave.
+
+    One row in 16 bits is left alone: it needs so little that the next kernel's programs fit beside these.
+    """
+    if batch == 1 and dtype.itemsize == 2:
+        return None
+    return min(65536 // (32 * warps * resident(rows, width)) // 8 * 8, 255)
 
 
 def _all_or_none(*biases: Tensor | None) -> Sequence[Tensor | None]:
@@ -365,7 +383,7 @@ def decode_token(
     check(not pdl or arch(tokens.device) >= 90, f"decode_token: pdl needs sm90 or later, got sm{arch(tokens.device)}")
     x, q, part, lse, hidden, logits = buffers
     splits, launch_pdl = part.shape[1], {"launch_pdl": True} if pdl else {}
-    block, strides, rows_b = next_power_of_2(C), keys.stride()[1:4], next_power_of_2(B)
+    block, strides, rows_b, dtype = next_power_of_2(C), keys.stride()[1:4], next_power_of_2(B), keys.dtype
     block_s, asked = next_power_of_2(splits), itertools.count()
 
     def asks():
@@ -384,20 +402,22 @@ def decode_token(
             x, norm, shift, eps, hidden, part, lse, positions, splits, w, bias, scales, out, *asks(), B, N,
             K=K, BLOCK_K=block_k, H=H, BLOCK_S=block_s, B=rows_b, ROWS=rows, INPUT=source,
             ACTIVATION=activation, RESIDUAL=out is x, ADVANCE=advance,
-            WINDOW=window or _window(rows_b, source, warps), PDL=pdl, num_warps=warps, **launch_pdl,
+            WINDOW=window or _window(rows_b, source, warps), PDL=pdl, num_warps=warps,
+            maxnreg=None if source == "parts" else _registers(rows, K, warps, rows_b, dtype), **launch_pdl,
         )  # fmt: skip
 
-    rows, window = _project(rows_b, block, arch(tokens.device))
+    rows, window = _project(rows_b, C, sm_count(tokens.device))
     for i, layer in enumerate(layers):
         scales = [None] * 6 if weights.scales is None else weights.scales[i]
         biases = _all_or_none(layer.query_bias, layer.key_bias, layer.value_bias)
         tables = (weights.tokens, weights.positions) if i == 0 else (None, None)
+        source = "fp32 tables" if i == 0 and dtype == torch.float32 else "norm"
         launch(
             _token_qkv_kernel, (3 * cdiv(C, ROWS),),
             tokens, positions, *tables, x, layer.norm1, layer.norm1_shift, eps, layer.query, biases[0],
             layer.key, biases[1], layer.value, biases[2], *scales[:3], q, keys[i], values[i], *asks(), B, *strides,
-            C=C, H=H, BLOCK_C=block, B=rows_b, ROWS=ROWS, WINDOW=_window(rows_b, "norm", _warps(block)), PDL=pdl,
-            num_warps=_warps(block), **launch_pdl,
+            C=C, H=H, BLOCK_C=block, B=rows_b, ROWS=ROWS, WINDOW=_window(rows_b, source, _warps(block)), PDL=pdl,
+            num_warps=_warps(block), maxnreg=_registers(ROWS, C, _warps(block), rows_b, dtype), **launch_pdl,
         )  # fmt: skip
         attend_splits(
             q.view(B, H, 1, D), keys[i], values[i], positions, part, lse.transpose(1, 2)[:, :, None], SPLIT_KEYS,

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._launch import cdiv, check, check_device, check_float, dropout_seed, launch, next_power_of_2, register
+from ._launch import arch, cdiv, check, check_device, check_float, dropout_seed, launch, next_power_of_2, register
 from ._math import dropout
 from ._rows import as_rows, column_tile, keep_scale
 from .dropout import dropout_add_rows
@@ -110,6 +110,8 @@ def embedding_fwd(idx, tok_weight, pos_weight, dropout_p, seed, offset, position
         tok_weight.stride(0), pos_weight.stride(0),
         M, idx.shape[1], V, pos_weight.shape[0], offset, dropout_p, keep_scale(dropout_p),
         C=C, ROWS=rows, COLUMNS=columns, ROW_COUNTERS=next_power_of_2(C), num_warps=_NUM_WARPS,
+        # not reached: without a limit ptxas prefers a spill there to losing a program on the multiprocessor
+        maxnreg=128 if seed is not None and arch(y.device) >= 120 else None,
     )  # fmt: skip
     return y
 
