@@ -18,6 +18,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from ._aot_sass import Instruction
+
 _FILLS = ("LDGSTS", "UTMALDG", "STS", "STSM")
 _NO_REGISTER_OUT = (
     *_FILLS,
@@ -37,21 +39,6 @@ _NO_REGISTER_OUT = (
 _MOST_GROUPS = 8  # more in flight are as many
 
 
-class Instruction(NamedTuple):
-    """One of a kernel's; `target` is the index that it may jump to."""
-
-    address: int
-    conditional: bool
-    name: str
-    modifiers: str
-    operands: tuple[str, ...]
-    target: int | None
-
-    @property
-    def goes_on(self) -> bool:
-        return self.conditional or self.name not in ("BRA", "EXIT", "RET")
-
-
 class Product(NamedTuple):
     """An HGMMA on its way, as the instruction `at`."""
 
@@ -59,25 +46,6 @@ class Product(NamedTuple):
     committed: int  # groups since, its own included; 0 while that is open
     earlier: bool  # in an earlier iteration
     waited: bool  # for, by its warp group
-
-
-def parse(sass: str) -> list[Instruction]:
-    """The instructions of what `nvdisasm -c` prints, in order."""
-    labels: dict[str, int] = {}
-    found: list[tuple[str, str, str, str]] = []
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L\w+):", line):
-            labels[label[1]] = len(found)
-        elif match := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z]\w*)(\S*)\s*([^;]*)", line):
-            found.append((match[1], match[2] or "", match[3], f"{match[4]} {match[5]}"))
-    instructions = []
-    for address, predicate, name, rest in found:
-        modifiers, _, operands = rest.partition(" ")
-        split = tuple(part.strip() for part in re.split(r",(?![^\[]*\])", operands) if part.strip())
-        label = re.search(r"\.L\w+", operands) if name == "BRA" else None
-        target = labels.get(label[0]) if label else None
-        instructions.append(Instruction(int(address, 16), bool(predicate), name, modifiers, split, target))
-    return instructions
 
 
 def _register(operand: str) -> int | None:

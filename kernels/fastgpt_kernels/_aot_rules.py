@@ -15,7 +15,8 @@ import triton
 from torch import Tensor
 
 from ._aot_cases import STREAM, Kind
-from ._aot_races import parse, races
+from ._aot_races import races
+from ._aot_sass import Instruction
 from ._aot_waves import first_of, waves
 from ._launch import SM_COUNT, Launch
 
@@ -84,7 +85,7 @@ class Row:
     problems: list[str] = dataclasses.field(default_factory=list)
 
 
-def read_nvidia(row: Row, cubin: bytes, ptx: str, warps: int, chip: Chip) -> None:
+def read_nvidia(row: Row, cubin: bytes, ptx: str, code: list[Instruction], warps: int, chip: Chip) -> None:
     row.registers, row.spilled = _resources(cubin)
     row.shared_limit = chip.shared
     for instruction in ("tcgen05.mma", "wgmma", "mma.sync"):
@@ -102,12 +103,11 @@ def read_nvidia(row: Row, cubin: bytes, ptx: str, warps: int, chip: Chip) -> Non
     before, wait, _ = ptx.partition("griddepcontrol.wait")
     row.early_load = max(_loads(before), default=0) if wait else -1
     row.releases = "griddepcontrol.launch_dependents" in ptx
-    instructions = parse(_printed(triton.knobs.nvidia.nvdisasm.path, "-c", cubin))
-    row.waves = waves(instructions)
-    row.releases_first = first_of(instructions, "PREEXIT") < first_of(instructions, "LDG")
+    row.waves = waves(code)
+    row.releases_first = first_of(code, "PREEXIT") < first_of(code, "LDG")
     if row.tensor_core == "wgmma":
-        row.products = sum(instruction.name == "HGMMA" for instruction in instructions)
-        row.races = races(instructions)
+        row.products = sum(instruction.name == "HGMMA" for instruction in code)
+        row.races = races(code)
 
 
 def _loads(ptx: str) -> list[int]:
@@ -121,17 +121,13 @@ def _loads(ptx: str) -> list[int]:
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers a thread, and bytes of its stack: kernels without local arrays have one only to spill to."""
-    usage = _printed(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin)
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
-    return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
-
-
-def _printed(tool: str, option: str, cubin: bytes) -> str:
-    """What one of NVIDIA's tools says of the cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
+    return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
 
 
 def read_amd(row: Row, assembly: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from ._aot_races import Instruction
+from ._aot_sass import Instruction
 
 _STORES = ("STG", "RED", "ATOMG", "UTMASTG")
 _NO_REGISTER_OUT = ("STG", "STS", "ST", "RED", "ATOMS")

@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -44,6 +45,7 @@ from triton.backends.compiler import GPUTarget, Language
 from . import _launch
 from ._aot_cases import CASES, HEADS, KINDS, NARROW, QUICK, Case, Kind, Scope
 from ._aot_rules import CHIPS, TMA, Row, bytes_of, floor_of, judge, read_amd, read_nvidia
+from ._aot_sass import disassembled
 
 ARCHITECTURES = tuple(f"sm{number}" for number in CHIPS)
 OF_HEADS = ("attention", "decode_attention")  # what `--heads` compiles
@@ -138,26 +140,38 @@ def _specialised(launch: _launch.Launch, target: Target) -> tuple[str, Any, dict
     return key, source, options
 
 
-def compile_job(job: Job, kinds: Mapping[str, Kind] = KINDS) -> list[Row]:
-    """Compile and judge, for the twin too; a compiler's error is a problem like any other."""
-    row, compiled = _compile(job, kinds)
-    if job.twin is None:
-        return [row]
-    if compiled is None:
-        return [row, _compile(job.twin, kinds)[0]]
-    backend = triton.compiler.make_backend(job.twin.target.gpu)
-    stages: dict[str, Callable[[str, dict[str, Any]], bytes]] = {}
-    backend.add_stages(stages, backend.parse_options(job.twin.options), Language.TRITON)
-    started = time.perf_counter()
-    ptx = compiled.asm["ptx"].replace(".target sm_80", ".target sm_86")
-    twin = dataclasses.replace(row, arch=job.twin.target.name, launches=job.twin.launches)
-    read_nvidia(twin, stages["cubin"](ptx, {}), ptx, compiled.metadata.num_warps, CHIPS[job.twin.target.number])
-    twin.seconds = time.perf_counter() - started
-    _hold(twin, job.twin, kinds)
-    return [row, twin]
+@dataclasses.dataclass
+class _Made:
+    """A row, and what the compiler made for it: nothing where it failed, and of AMD's nothing that is read later."""
+
+    row: Row
+    job: Job
+    cubin: bytes = b""
+    ptx: str = ""
+    warps: int = 0
 
 
-def _compile(job: Job, kinds: Mapping[str, Kind]) -> tuple[Row, Any]:
+def compile_jobs(jobs: Sequence[Job], kinds: Mapping[str, Kind] = KINDS) -> list[list[Row]]:
+    """Compile and judge each, and its twin; a compiler's error is a problem like any other."""
+    made = []
+    for job in jobs:
+        first = _compile(job)
+        made.append([first] if job.twin is None else [first, _twin_of(first, job.twin)])
+    by_chip: dict[int, list[_Made]] = {}
+    for one in itertools.chain.from_iterable(made):
+        if one.cubin:
+            by_chip.setdefault(one.job.target.number, []).append(one)
+    for number, group in by_chip.items():
+        for one, code in zip(group, disassembled([each.cubin for each in group], number), strict=True):
+            read_nvidia(one.row, one.cubin, one.ptx, code, one.warps, CHIPS[number])
+    for row, job in ((one.row, one.job) for group in made for one in group):
+        if job.target.gpu.backend == "cuda":
+            row.floor = floor_of(job.launch, job.arguments(), kinds, CHIPS[job.target.number])
+            row.problems = judge(row, job.launch, job.arguments(), job.target.number, kinds)
+    return [[one.row for one in group] for group in made]
+
+
+def _compile(job: Job) -> _Made:
     arguments, options = job.arguments(), job.options
     constants = {p.name: arguments[p.name] for p in job.launch.kernel.params if p.is_constexpr and p.name in arguments}
     blocks = [
@@ -165,47 +179,57 @@ def _compile(job: Job, kinds: Mapping[str, Kind]) -> tuple[Row, Any]:
     ]
     config = " ".join([*blocks, f"warps={options['num_warps']}", f"stages={options['num_stages']}"])
     name = job.launch.kernel.__name__
-    row, compiled = Row(job.case.op, job.case.label, name, job.target.name, config, job.launches), None
+    made = _Made(Row(job.case.op, job.case.label, name, job.target.name, config, job.launches), job)
     started = time.perf_counter()
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # Triton prints the whole PTX when ptxas fails
             compiled = triton.compile(job.source, target=job.target.gpu, options=options)
     except Exception as error:
-        row.error = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        made.row.error = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     else:
-        row.shared = compiled.metadata.shared
+        made.row.shared, made.warps = compiled.metadata.shared, compiled.metadata.num_warps
         if job.target.gpu.backend == "cuda":
-            asm = compiled.asm
-            read_nvidia(row, asm["cubin"], asm["ptx"], compiled.metadata.num_warps, CHIPS[job.target.number])
+            made.cubin, made.ptx = compiled.asm["cubin"], compiled.asm["ptx"]
         else:
-            read_amd(row, compiled.asm["amdgcn"])
+            read_amd(made.row, compiled.asm["amdgcn"])
+    made.row.seconds = time.perf_counter() - started
+    return made
+
+
+def _twin_of(first: _Made, twin: Job) -> _Made:
+    """`twin` from the PTX of its twin on sm80."""
+    if not first.cubin:
+        return _compile(twin)
+    backend = triton.compiler.make_backend(twin.target.gpu)
+    stages: dict[str, Callable[[str, dict[str, Any]], bytes]] = {}
+    backend.add_stages(stages, backend.parse_options(twin.options), Language.TRITON)
+    started = time.perf_counter()
+    ptx = first.ptx.replace(".target sm_80", ".target sm_86")
+    row = dataclasses.replace(first.row, arch=twin.target.name, launches=twin.launches)
+    made = _Made(row, twin, stages["cubin"](ptx, {}), ptx, first.warps)
     row.seconds = time.perf_counter() - started
-    if job.target.gpu.backend == "cuda":
-        _hold(row, job, kinds)
-    return row, compiled
-
-
-def _hold(row: Row, job: Job, kinds: Mapping[str, Kind]) -> None:
-    row.floor = floor_of(job.launch, job.arguments(), kinds, CHIPS[job.target.number])
-    row.problems = judge(row, job.launch, job.arguments(), job.target.number, kinds)
+    return made
 
 
 _jobs: list[Job] = []
 _kinds: Mapping[str, Kind] = {}
+_AT_ONCE = 8  # jobs of a worker, whose machine code is read together
 
 
-def _compile_one(index: int) -> list[Row]:
-    return compile_job(_jobs[index], _kinds)
+def _compile_group(indices: Sequence[int]) -> list[list[Row]]:
+    return compile_jobs([_jobs[index] for index in indices], _kinds)
 
 
-def _compile_some(indices: Iterable[int], processes: int) -> dict[int, list[Row]]:
+def _compile_some(indices: Sequence[int], processes: int) -> dict[int, list[Row]]:
     """Rows of _jobs[indices]; none for those whose worker died."""
     rows: dict[int, list[Row]] = {}
+    size = max(min(_AT_ONCE, len(indices) // (2 * processes)), 1)
+    groups = [indices[i : i + size] for i in range(0, len(indices), size)]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
-        futures = {index: pool.submit(_compile_one, index) for index in indices}
-        for index, future in futures.items():
+        futures = [pool.submit(_compile_group, group) for group in groups]
+        for group, future in zip(groups, futures, strict=True):
             with contextlib.suppress(BrokenProcessPool):
-                rows[index] = future.result()
+                rows |= zip(group, future.result(), strict=True)
     return rows
 
 

@@ -85,7 +85,8 @@ def _fwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool, do
         if between:
             maxnreg = 255
     elif head_size <= 64:  # two programs an SM: one's exp2 runs under the other's products
-        half = dropout or (documents and arch // 10 in (8, 12))  # 128 rows spill with documents where mma.sync holds them
+        # 128 rows spill with documents where mma.sync holds them
+        half = dropout or (documents and arch // 10 in (8, 12))
         m, n, stages, warps = 64 if half else 128, 64, 3, 4
         if documents and arch in (86, 89) and head_size < 64:
             maxnreg = 255

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from fastgpt_kernels import _aot_cases, aot
-from fastgpt_kernels._aot_races import parse, races
+from fastgpt_kernels._aot_races import races
 from fastgpt_kernels._aot_rules import Row, judge
+from fastgpt_kernels._aot_sass import parse
 from fastgpt_kernels._aot_waves import waves
 from fastgpt_kernels._launch import Launch
 
@@ -278,9 +279,9 @@ cases = [case for case in _aot_cases.cross_entropy_cases(_aot_cases.QUICK) if ca
 sm80, sm86 = (aot.collect(cases, aot.parse_target(name)) for name in ("sm80", "sm86"))
 assert sm80.keys() == sm86.keys()
 for key in sm80:
-    (alone,), ptx = aot.compile_job(sm86[key]), []
+    ((alone,),) = aot.compile_jobs([sm86[key]])
     sm80[key].twin = sm86[key]
-    _, assembled = aot.compile_job(sm80[key])
+    ((_, assembled),) = aot.compile_jobs([sm80[key]])
     alone.seconds = assembled.seconds = 0.0
     assert alone == assembled, (alone, assembled)
 print("same")
