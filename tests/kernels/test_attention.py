@@ -135,8 +135,10 @@ def test_scores_of_minus_infinity(device):
 
 
 def test_large_scores(device):
+    """Of whole numbers: with others the backward pass would meet the interpreter's own rounding of its transposed products,
+    which depends on the processor. Compiled, both passes round alike: tests/ptx_machine/lane/test_edges.py."""
     q, k, v, dout = problem(1, 1, 40, 40, 16, device=device)
-    compare(attention, [q * 100, k * 100, v, dout])
+    compare(attention, [(q * 100).round(), (k * 100).round(), v, dout])
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 3, 8), (2, 0, 3, 3, 8), (2, 2, 0, 0, 8), (2, 2, 0, 5, 8), (2, 2, 5, 0, 8)])
