@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import subprocess
-import tempfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from ._aot_cases import STREAM, Kind
 from ._aot_races import races
-from ._aot_sass import Instruction
+from ._aot_sass import Instruction, printed
 from ._aot_waves import first_of, waves
 from ._launch import SM_COUNT, Launch
 
@@ -121,11 +119,7 @@ def _loads(ptx: str) -> list[int]:
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers a thread, and bytes of its stack: kernels without local arrays have one only to spill to."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = printed(cubin, triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage")
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
     return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
 
