@@ -52,3 +52,20 @@ class TruncatedProducts(TorchDispatchMode):
     @staticmethod
     def _cut(x: Tensor) -> Tensor:
         return (x.contiguous().view(torch.int32) & -8192).view(torch.float32) if x.dtype == torch.float32 else x
+
+
+class ProductsInSequence(TorchDispatchMode):
+    """Inside, torch's fp32 products of matrices are sums of one fused product after another, as a program on a GPU makes them.
+
+    A CPU's have a sum a lane of its vectors: their error depends on the processor, and is less than half where K is large.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in ("mm", "addmm") or args[-1].dtype != torch.float32 or kwargs:
+            return func(*args, **(kwargs or {}))
+        *beside, a, b = args
+        out = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float32)
+        for column, row in zip(a.double().T, b.double(), strict=True):
+            out = out.double().addr_(column, row).float()
+        return out.add_(beside[0]) if beside else out

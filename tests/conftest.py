@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
@@ -10,6 +11,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: it is read where kernels are decorated
 
+
+if "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton"):
+    import interpreter
+
+    interpreter.waste_no_time()
+    interpreter.round_products_once()
 
 collect_ignore = [
     "ptx_machine",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from compare import TruncatedProducts, assert_as_accurate_as_torch
+from compare import ProductsInSequence, TruncatedProducts, assert_as_accurate_as_torch
 from ptx_machine.machine import machine
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,6 +28,8 @@ class Precision:
             if self.tf32:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
                 stack.enter_context(TruncatedProducts())
+            elif self.dtype == torch.float32:
+                stack.enter_context(ProductsInSequence())
             yield
 
     @contextlib.contextmanager
