@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from datetime import datetime
@@ -33,6 +34,13 @@ def pytest_addoption(parser, pluginmanager):
     group.addoption("--note", default="", help="about the circumstances, kept in the record")
     if not pluginmanager.hasplugin("timeout"):  # an option of pyproject.toml that tests alone need
         parser.addini("timeout", "pytest-timeout's, which isn't installed")
+
+
+def pytest_configure(config):
+    if config.getoption("--dry-run") and os.environ.get("TRITON_INTERPRET") == "1":
+        import interpreter  # of the tests
+
+        interpreter.waste_no_time()
 
 
 def pytest_collection_modifyitems(items):

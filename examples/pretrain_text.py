@@ -36,7 +36,8 @@ def main() -> None:
     config = GPTConfig(tokenizer.n_vocab, context, 192, 6, 6, drop_rate=0.1, tie_weights=True, init="gpt2")
     model = new_model(config, seed=0, device=device)
 
-    settings = TrainSettings(max_steps=arguments.max_steps, batch_size=16, lr=1e-3, warmup_steps=50, dtype="bfloat16")
+    dtype = "bfloat16" if device.type == "cuda" else "float32"  # many CPUs have no products of bfloat16
+    settings = TrainSettings(max_steps=arguments.max_steps, batch_size=16, lr=1e-3, warmup_steps=50, dtype=dtype)
     data = TokenStream(training, context, settings.batch_size, settings.seed)
     trainer = Trainer(model, tokenizer, data, TokenStream(held_out, context, 8), settings, arguments.out)
     trainer.run(lambda entry: print(entry) if "validation_loss" in entry or entry["step"] % 50 == 0 else None)

@@ -92,15 +92,20 @@ def write_texts(text: Path, most: int | None) -> None:
     """The texts below text/train, text/held-out and text/unseen, a directory a source; at most so many files of each."""
     sources = {"stdlib": standard_library(), **{name: package(name, one_in) for name, one_in in PACKAGES.items()}}
     for name, (training, held_out) in sources.items():
-        _write(text / "train" / name, training, most)
-        _write(text / "held-out" / name, held_out, most and 2)
+        _write(text / "train" / name, dict(list(training.items())[:most]))
+        _write(text / "held-out" / name, held_out if most is None else _two_short(held_out))
     for name in PACKAGES_HELD_OUT:
         training, held_out = package(name)
-        _write(text / "unseen" / name, training | held_out, most and 2)
+        documents = training | held_out
+        _write(text / "unseen" / name, documents if most is None else _two_short(documents))
 
 
-def _write(directory: Path, documents: dict[str, str], most: int | None) -> None:
-    for name, text in list(documents.items())[:most]:
+def _two_short(documents: dict[str, str]) -> dict[str, str]:
+    return dict(sorted((item for item in documents.items() if len(item[1]) > 1000), key=lambda item: len(item[1]))[:2])
+
+
+def _write(directory: Path, documents: dict[str, str]) -> None:
+    for name, text in documents.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text.encode("utf-8"))
@@ -192,7 +197,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--start", help="a model of the first part, to begin with the second: its directory")
     parser.add_argument(
-        "--files", type=int, help="try things out with this many files of each source, and two held out"
+        "--files", type=int, help="try things out with this many files of each source, and two short ones held out"
     )
     parser.add_argument("--resume", action="store_true", help="go on in a directory that has something")
     # What else is given goes to `fastgpt train`, over the recipes' settings: --max-steps 100, --batch-size 1, --device cpu.

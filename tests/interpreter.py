@@ -29,9 +29,8 @@ def round_products_once() -> None:
 
 
 def waste_no_time() -> None:
-    """What takes the interpreter most of its time and gives the same every time, or can be had in one step."""
+    """What takes the interpreter most of its time and gives the same every time."""
     _patch_the_language_once_a_launch()
-    _check_overflow_in_numpy()
     _keep_shapes()
 
 
@@ -55,21 +54,6 @@ def _patch_the_language_once_a_launch() -> None:
         restore(scope)
 
     interpreter._patch_lang, interpreter._LangPatchScope.restore = patch_lang, restored
-
-
-def _check_overflow_in_numpy() -> None:
-    """That integers of up to 32 bits stay in their range, which the interpreter makes ten operations of its own of."""
-    exact_by_name = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
-
-    def check(lhs: Any, rhs: Any, operation: Any) -> None:
-        kind = lhs.type.scalar
-        if kind.int_bitwidth < 64:
-            wide = (side.handle.data.astype(np.int64) for side in (lhs, rhs))
-            exact = exact_by_name[operation.__name__](*wide)
-            inside = exact.min() >= kind.get_int_min_value() and exact.max() <= kind.get_int_max_value()
-            assert inside, f"int{kind.int_bitwidth} overflow detected for operation {operation.__name__}"
-
-    interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = check
 
 
 def _keep_shapes() -> None:

@@ -65,22 +65,24 @@ def working(seconds: int) -> int:
 
 def lane(out: Path, dry: bool, seconds: int) -> list[str]:
     if dry:
-        return tests(out, seconds, "-m", "not gpu", "-k", "interpreter or empty", "tests/kernels/test_gelu.py")
+        return tests(out, dry, seconds, "-m", "not gpu", "-k", "interpreter or empty", "tests/kernels/test_gelu.py")
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     place = {f"test_{name}": i for i, name in enumerate(LANE)}
     marked = [path for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
-    return tests(out, seconds, "-m", "gpu", *map(str, sorted(marked, key=lambda path: place.get(path.stem, len(LANE)))))
+    ordered = sorted(marked, key=lambda path: place.get(path.stem, len(LANE)))
+    return tests(out, dry, seconds, "-m", "gpu", *map(str, ordered))
 
 
 def engines(out: Path, dry: bool, seconds: int) -> list[str]:
-    return tests(out, seconds, *(("-k", "top_k", "tests/inference/test_sampling.py") if dry else ("tests/inference",)))
+    chosen = ("-k", "top_k", "tests/inference/test_sampling.py") if dry else ("tests/inference",)
+    return tests(out, dry, seconds, *chosen)
 
 
-def tests(out: Path, seconds: int, *chosen: str) -> list[str]:
-    """pytest on `chosen`, by four processes where it can, less what passed before."""
+def tests(out: Path, dry: bool, seconds: int, *chosen: str) -> list[str]:
+    """pytest on `chosen`, by four processes where it can (one in a dry run), less what passed before."""
     words = ["-m", "pytest", "-p", "benchmarks.harness.resumed", "-p", "no:cacheprovider", "--quiet", "--tb=short"]
     words += ["--continue-on-collection-errors"]
-    words += ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    words += ["-n", "1" if dry else "4"] if importlib.util.find_spec("xdist") else []
     return [*words, f"--passed={out / 'passed.txt'}", f"--until={working(seconds)}", *chosen]
 
 

@@ -7,6 +7,7 @@ import inspect
 import pytest
 import torch
 from compare import assert_as_accurate_as_torch
+from fused_token import wide_tiles
 from models import tiny_model
 
 import fastgpt_kernels
@@ -52,7 +53,8 @@ def test_training_follows_the_float64_reference(device, steps, variant):
     assert_as_accurate_as_torch(ours, plain, exact, "losses")
 
 
-def test_generation_gives_the_references_tokens(device):
+def test_generation_gives_the_references_tokens(device, monkeypatch):
+    wide_tiles(monkeypatch)
     model = tiny_model().to(device)
     prompts = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
     expected = generate(model.double(), prompts, 8)  # float64: its argmax is the exact one
