@@ -89,19 +89,25 @@ def xz_bits_per_byte(documents: list[str]) -> float:
 
 
 def write_texts(text: Path, most: int | None) -> None:
-    """The texts below text/train, text/held-out and text/unseen, a directory a source; at most so many files of each."""
+    """The texts below text/train, text/held-out and text/unseen, a directory a source.
+
+    most: to try things out, so many files of each source, and two short ones of what is held out or unseen.
+    """
+    kept = dict if most is None else _two_short
     sources = {"stdlib": standard_library(), **{name: package(name, one_in) for name, one_in in PACKAGES.items()}}
     for name, (training, held_out) in sources.items():
         _write(text / "train" / name, dict(list(training.items())[:most]))
-        _write(text / "held-out" / name, held_out if most is None else _two_short(held_out))
+        _write(text / "held-out" / name, kept(held_out))
     for name in PACKAGES_HELD_OUT:
         training, held_out = package(name)
-        documents = training | held_out
-        _write(text / "unseen" / name, documents if most is None else _two_short(documents))
+        _write(text / "unseen" / name, kept(training | held_out))
 
 
 def _two_short(documents: dict[str, str]) -> dict[str, str]:
-    return dict(sorted((item for item in documents.items() if len(item[1]) > 1000), key=lambda item: len(item[1]))[:2])
+    names = sorted(
+        (name for name, text in documents.items() if len(text) > 1000), key=lambda name: len(documents[name])
+    )
+    return {name: documents[name] for name in names[:2]}
 
 
 def _write(directory: Path, documents: dict[str, str]) -> None:

@@ -55,9 +55,9 @@ class TruncatedProducts(TorchDispatchMode):
 
 
 class ProductsInSequence(TorchDispatchMode):
-    """Inside, torch's fp32 products of matrices are sums of one fused product after another, as a program on a GPU makes them.
+    """Inside, torch's fp32 products of two matrices add one fused product after another, as a thread of our compiled kernel does.
 
-    A CPU's have a sum a lane of its vectors: their error depends on the processor, and is less than half where K is large.
+    A CPU's torch may have a sum a lane of its vectors, so that its error depends on the processor. Batched products stay torch's.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:

@@ -11,8 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: it is read where kernels are decorated
 
-
-if "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton"):
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     import interpreter
 
     interpreter.waste_no_time()

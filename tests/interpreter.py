@@ -29,13 +29,13 @@ def round_products_once() -> None:
 
 
 def waste_no_time() -> None:
-    """What takes the interpreter most of its time and gives the same every time."""
+    """What the interpreter does over and over, with the same result, is done once."""
     _patch_the_language_once_a_launch()
     _keep_shapes()
 
 
 def _patch_the_language_once_a_launch() -> None:
-    """Not at every call of a jit function too: it goes through all that `triton.language` has."""
+    """Triton goes through all that `triton.language` has at every call of a jit function too."""
     patch, restore = interpreter._patch_lang, interpreter._LangPatchScope.restore
     modules: dict[Callable, frozenset[str]] = {}  # of the language, that a function sees
     patched: set[str] = set()

@@ -7,6 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from compare import ProductsInSequence
 from ptx_machine.instrument.programs import (
     on,
     reduce_kernel,
@@ -252,3 +253,20 @@ def test_random_numbers(arch):
     assert 0.45 < floats.mean() < 0.55
     assert abs(normal.mean()) < 0.1
     assert 0.9 < normal.std() < 1.1
+
+
+def test_the_products_that_kernels_are_held_to():
+    """Summed in order, each product fused: too large an error of them would let any kernel pass."""
+    ones = torch.ones(1, 64)
+    weight = torch.cat([torch.tensor([[2.0**24]]), ones], 1)  # which one more, after it, doesn't change
+    x, y, bias = torch.randn(5, 300), torch.randn(300, 7), torch.randn(7)
+    exact, plain = x.double() @ y.double(), x @ y
+    with ProductsInSequence():
+        behind = torch.cat([ones, ones[:, :1]], 1) @ weight.T
+        before = torch.cat([ones, ones[:, :1]], 1) @ weight.flip(1).T
+        product, added = x @ y, torch.addmm(bias, x, y)
+        half = x.half() @ y.half()
+    assert (behind.item(), before.item()) == (2.0**24, 2.0**24 + 64)
+    assert 0 < (product - exact).abs().max() < 10 * (plain - exact).abs().max()
+    assert torch.equal(added, product + bias)
+    assert torch.equal(half, x.half() @ y.half())
