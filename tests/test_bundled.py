@@ -32,9 +32,8 @@ def test_held_out_files_cost_fewer_bits_than_xz():
     before = itertools.accumulate(map(len, held_out), initial=0)
     documents = [text for text, start in zip(held_out, before, strict=False) if start < 80_000]
     assert sum(map(len, documents)) > 50_000
-    result = evaluate(
-        GPTModel.from_pretrained("bundled"), load_tokenizer(BUNDLED), documents, stride=1024
-    )  # each token once
+    # In windows side by side, which see less than those of the card.
+    result = evaluate(GPTModel.from_pretrained("bundled"), load_tokenizer(BUNDLED), documents, stride=1024)
     xz = xz_bits_per_byte(documents)
     print(f"{result.bits_per_byte:.4f} bits per byte, xz -9 {xz:.4f}")
     assert result.bits_per_byte < 0.9 * xz
