@@ -143,6 +143,7 @@ class Scope:
     variants: bool = True
     first_size_only: tuple[str, ...] = ("fp16", "tf32")  # they differ from bf16 and fp32 in conversions and precision
     exhaustive: bool = False
+    documents: bool = True  # of attention
 
     def over(self, sizes: Sequence[int], products: bool = False) -> Iterator[tuple[str, torch.dtype, int, bool]]:
         """(name, dtype, size, whether to go through the variants)."""
@@ -153,7 +154,7 @@ class Scope:
                 yield name, DTYPES[name], size, self.variants and first
 
 
-QUICK = Scope(("bf16",), (768,), (64,), variants=False)
+QUICK = Scope(("bf16",), (768,), (64,), variants=False, documents=False)
 HEADS = Scope(
     ("bf16", "fp16", "fp32", "fp64"), head_sizes=HEAD_SIZES + OTHER_HEAD_SIZES, variants=False, first_size_only=()
 )
@@ -292,7 +293,8 @@ def attention_cases(scope: Scope) -> Iterator[Case]:
         label = f"{name} D={head_size}"
         yield Case("attention", f"{label} causal", partial(run, dtype, head_size, True, 0.0))
         yield Case("attention", f"{label} causal dropout", partial(run, dtype, head_size, True, 0.1))
-        yield Case("attention", f"{label} documents", partial(run, dtype, head_size, True, 0.0, True))
+        if scope.documents:
+            yield Case("attention", f"{label} documents", partial(run, dtype, head_size, True, 0.0, True))
         yield Case("attention", f"{label} prefill", partial(run_prefill, dtype, head_size))
         if variants:
             yield Case("attention", f"{label} not causal", partial(run, dtype, head_size, False, 0.0))

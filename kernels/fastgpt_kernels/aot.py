@@ -48,6 +48,7 @@ from ._aot_rules import CHIPS, TMA, Row, bytes_of, floor_of, judge, read_amd, re
 from ._aot_sass import disassembled
 
 ARCHITECTURES = tuple(f"sm{number}" for number in CHIPS)
+OF_QUICK = ("sm80", "sm86", "sm90")  # what `--quick` compiles for, to stay under 90 seconds of two cores
 OF_HEADS = ("attention", "decode_attention")  # what `--heads` compiles
 
 
@@ -298,7 +299,9 @@ def main(
         "--arch", nargs="+", action="extend", type=parse_target, metavar="ARCH", help=f"of {', '.join(ARCHITECTURES)}"
     )
     parser.add_argument("--op", nargs="+", action="extend", choices=names, help="only these public functions")
-    parser.add_argument("--quick", action="store_true", help="one width and head size, bf16 alone")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"one width and head size, bf16 alone; for {', '.join(OF_QUICK)}"
+    )
     parser.add_argument("--heads", action="store_true", help="attention alone, at every head size and in fp64 too")
     parser.add_argument("--exhaustive", action="store_true", help="every variant at every size, not just at the first")
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
@@ -312,7 +315,7 @@ def main(
     wanted = set(options.op or (OF_HEADS if options.heads else names))
     makers = [make for ops, make in cases.items() if set(ops) & wanted]
     selected, collected = 0, {}
-    targets = options.arch or [parse_target(name) for name in ARCHITECTURES]
+    targets = options.arch or [parse_target(name) for name in (OF_QUICK if options.quick else ARCHITECTURES)]
     for target in targets:
         scope = QUICK if options.quick else HEADS if options.heads else NARROW if target.number >= 100 else Scope()
         scope = dataclasses.replace(scope, exhaustive=options.exhaustive)
