@@ -159,8 +159,10 @@ def _linear_cross_entropy(
         dweight.zero_()
         return outputs
     rows, elements = _rows_per_chunk(N, V, x.shape[1], x.dtype, x.device), vector(x.dtype)
-    # rows padded to 16 bytes: cuBLAS moves them at full speed although V is odd
-    buffer = torch.empty((rows, cdiv(V, elements) * elements), dtype=x.dtype, device=x.device)
+    # Rows padded to 16 bytes: cuBLAS moves them at full speed although V is odd. A CPU's product in bf16 may read the padding and
+    # multiply it by 0, which leaves a NaN one (https://github.com/uxlfoundation/oneDNN/issues/5717).
+    make = torch.zeros if x.device.type == "cpu" else torch.empty
+    buffer = make((rows, cdiv(V, elements) * elements), dtype=x.dtype, device=x.device)
     for start in range(0, N, rows):
         stop = min(start + rows, N)
         chunk, x_chunk = buffer[: stop - start, :V], x[start:stop]

@@ -193,3 +193,19 @@ def embedding(arch: int, precision: Precision, width: int, p: float = 0.0) -> No
 )
 def test_an_op_is_as_accurate_as_torch(arch, name, precision):
     CASES[name][0](arch, PRECISIONS[precision])
+
+
+def test_a_product_of_padded_rows_finds_numbers_behind_them(arch, monkeypatch):
+    """A CPU's bf16 product may read what lies between rows, times 0: never NaN (https://github.com/uxlfoundation/oneDNN/issues/5717)."""
+    plain, read = torch.mm, []
+
+    def mm(a, b, **options):
+        read.extend(torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).isfinite().all() for t in (a, b))
+        return plain(a, b, **options)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    x, weight = (randn(n, 72).bfloat16().requires_grad_() for n in (33, 1001))
+    with PRECISIONS["bf16"].machine(arch):
+        kernels.linear_cross_entropy(x, weight, torch.randint(1001, (33,)))
+    assert len(read) == 4
+    assert all(read)
