@@ -13,6 +13,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # Two workers suit two cores; each computes with one thread.
 WORKERS ?= 2
+# Python compiles what is imported; of the 12,500 files that are installed, few are.
+QUIETLY = --quiet --no-compile
 # What `make test-all` tests besides: see constraints.txt. Its interpreter needs the older numpy.
 OLDEST ?= .venv-oldest
 OLD = torch==2.11.0 triton==3.6.0 'numpy<2.4'
@@ -60,20 +62,20 @@ docs: $(VENV)/.tested
 # macOS or Windows; there the reference path is all there is.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install $(QUIETLY) --constraint constraints.txt torch
+	$(BIN)/python -m pip install $(QUIETLY) --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps llms-from-scratch==1.0.19 # its own dependencies include TensorFlow
+	$(BIN)/python -m pip install $(QUIETLY) --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install $(QUIETLY) --no-deps llms-from-scratch==1.0.19 # its own dependencies include TensorFlow
 	touch $@
 
 $(OLDEST)/.tested: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
 	grep -vE '^(torch|triton|numpy)==' constraints.txt > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install --quiet $(OLD)
-	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt $(OLD) --editable '.[dev]'
+	$(OLDEST)/bin/python -m pip install $(QUIETLY) $(OLD)
+	$(OLDEST)/bin/python -m pip install $(QUIETLY) --constraint $(OLDEST)/constraints.txt $(OLD) --editable '.[dev]'
 	touch $@
 
 clean:
