@@ -76,7 +76,9 @@ def _fwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool, do
         if ieee(dtype):
             if dropout and head_size <= 64:
                 maxnreg = 168  # 128 with documents
-            elif arch // 10 == 8 and 64 < head_size <= 128 and (arch > 80 or dropout or documents):
+            elif 64 < head_size <= 128 and (
+                (arch // 10 == 8 and (arch > 80 or documents)) or (arch // 10 in (8, 9) and dropout)
+            ):
                 maxnreg = 128
         elif documents and head_size < 64:
             maxnreg = 255

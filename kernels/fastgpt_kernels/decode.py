@@ -181,7 +181,7 @@ def attend_splits(
     """
     (B, H, T, D), S, block_t = q.shape, k_cache.shape[2], 1 if q.shape[2] == 1 else QUERY_TILE
     # Of split heads in 16 bits ptxas would rather spill an address there than fit fewer programs.
-    spills = block_t == 1 and first is not None and 64 < D <= 96 and q.dtype.itemsize == 2 and arch(q.device) < 90
+    spills = block_t == 1 and first is not None and 64 < D <= 96 and q.dtype.itemsize == 2 and arch(q.device) < 100
     launch(
         _decode_split_kernel, (B * H * cdiv(T, block_t) * cdiv(S, split_keys),),
         q, k_cache, v_cache, lengths, first, parts, lse,

@@ -75,8 +75,9 @@ def gemm_blocks(M: int, N: int, dtype: torch.dtype, capability: int, sms: int, a
     if dtype == torch.float64:
         return Blocks(32, 64, 16, warps=4, stages=3, parts=2)
     if dtype == torch.float32 and not tf32(dtype):
-        # A step's FMAs take over 1000 clocks: one tile ahead is enough. Left alone, ptxas takes too few registers and spills.
-        return Blocks(64, 64, 32, warps=8, stages=2, maxnreg=96)
+        # A step takes over 1000 clocks of FMAs: one tile ahead is enough. Left alone, ptxas takes too few registers and spills.
+        # So does Triton 3.6's with erf's polynomial, unless that goes by halves.
+        return Blocks(64, 64, 32, warps=8, stages=2, parts=2 if epilogue == "gelu" else 1, maxnreg=96)
     parts = 4 if epilogue in ("gradient", "residual", "gelu") else 2  # another tile in registers, erf's polynomial
     if dtype == torch.float32:
         choices = [Blocks(128, 128, 32, warps=8, stages=3, parts=parts), Blocks(64, 64, 32, warps=4, stages=3)]

@@ -271,7 +271,7 @@ def layer_norm_bwd(dy, dtotal, total, weight, bias, mean, rstd, dropout_p, seed,
     if arch(total.device) // 10 == 10 and (tight or medium):
         registers += 32  # sm100 computes on pairs of registers: they take 198 and 155
     resident, registers, stages = _residency(num_warps, registers, tile_bytes, shared_memory)
-    if arch(total.device) // 10 == 9 and tight and dtotal is not None:
+    if arch(total.device) // 10 == 9 and (tight or medium) and dtotal is not None:
         # With two tiles ahead Triton 3.6 spills an address. One tile of each program is 55 KB a multiprocessor in flight.
         stages = min(stages, 2)
     programs = min(cdiv(M, max(rows, _MIN_ROWS)), resident * sm_count(total.device))
