@@ -272,7 +272,7 @@ def layer_norm_bwd(dy, dtotal, total, weight, bias, mean, rstd, dropout_p, seed,
         registers += 32  # sm100 computes on pairs of registers: they take 198 and 155
     resident, registers, stages = _residency(num_warps, registers, tile_bytes, shared_memory)
     if arch(total.device) // 10 == 9 and (tight or medium) and dtotal is not None:
-        # With two tiles ahead Triton 3.6 spills an address. One tile of each program is 55 KB a multiprocessor in flight.
+        # With two tiles ahead Triton 3.6 spills an address. One tile of each program is some 50 KB a multiprocessor in flight.
         stages = min(stages, 2)
     programs = min(cdiv(M, max(rows, _MIN_ROWS)), resident * sm_count(total.device))
     partial_dweight = torch.empty(programs, N, dtype=mean.dtype, device=total.device)
