@@ -98,7 +98,7 @@ KINDS: dict[str, Kind] = {
     "_attention_bwd_kernel": Kind(_attention_flops(5), spills=_few_of_wide_heads),
     "_attention_statistics_kernel": Kind(spills=_few_of_wide_heads, wide=lambda a: a["D"] % 8 == 0),
     # The cache, to which the kernel before may have just added; the keys wait for the length.
-    "_decode_split_kernel": Kind(weights=False, waves=_split_waves),
+    "_decode_split_kernel": Kind(weights=False, waves=_split_waves, wide=lambda a: a["D"] % 8 == 0),
     "_decode_combine_kernel": STREAM,
     "_token_qkv_kernel": _streaming("C"),
     "_token_matrix_kernel": _streaming("K"),

@@ -64,7 +64,7 @@ def _statistics_rows(head_size: int, dtype: torch.dtype) -> int:
     """
     spread = head_size % 8 if dtype.itemsize == 2 else head_size > 96 and head_size != 128
     if head_size <= 64 or not (spread or dtype == torch.float64):
-        return PADDING
+        return PADDING if head_size <= 128 else 64
     return 32 if head_size <= 128 else 16
 
 
@@ -81,22 +81,29 @@ def _bwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool, do
         if head_size <= 64:
             m, n, stages, warps = 32, 32, 2, 8
             # Left to choose, ptxas takes fewer registers than it needs and spills: in tf32, and with dropout.
-            few = dropout or (head_size < 64 and arch // 10 == 8)
-            maxnreg = (255 if few else None) if ieee(dtype) else 128 if head_size == 64 else 255
+            few = dropout or (head_size < 64 and arch // 10 in (8, 12))
+            maxnreg = (255 if few else 128 if arch == 80 else None) if ieee(dtype) else 128 if head_size == 64 else 255
         else:
             m, n, stages, warps = 16, 32 if head_size <= 128 else 16, 2 if head_size <= 128 and ieee(dtype) else 1, 8
             if ieee(dtype):
                 maxnreg = 128 if dropout and head_size <= 96 and arch == 80 else None
             elif between:
                 maxnreg = 255
+            elif (
+                arch // 10 == 10 and head_size <= 96
+            ):  # 64 rows are what a product of tensor memory takes; of fewer it spills
+                m, n = 32, 64
     elif head_size > 128:
         m, n, stages, warps, maxnreg = 32, 32, 1, 8, 255
     elif arch // 10 in (9, 10):
-        narrow = head_size > 64 and (dropout or (documents and head_size > 96) or between)
+        narrow = head_size > 64 and (dropout or (documents and head_size > 96 and arch < 100) or between)
+        narrow = narrow or (documents and 32 < head_size < 64 and arch >= 100)
         m, n = 32 if narrow else 64, 64 if dropout and ((documents and head_size > 96) or between) else 128
         # Of D = 128 in two stages, ptxas spills 16 bytes on sm90.
         deep = head_size <= 64 or (head_size > 96 and not narrow and arch // 10 == 9)
         stages, warps = 3 if deep else 2, 8
+        if between and arch >= 100:
+            maxnreg = 255
     else:
         m, n = 32 if 64 < head_size <= 96 or (between and dropout) else 64, 32 if between and dropout else 64
         stages, warps = 2, 4 if head_size <= 64 else 8
@@ -298,7 +305,8 @@ def attention_bwd(dout, q, k, v, first, out, lse, seed, causal, scale, dropout_p
         **{name: head[name] for name in ("D", "BLOCK_D", "BLOCK_E", "APART", "ACC")},
         ROWS=rows,
         PADDING=PADDING,
-        maxnreg=None if rows == PADDING else 255,  # left alone, ptxas takes 80 of few rows and spills
+        # Left alone, ptxas takes 80 of few rows, and of fp32's on sm100, and spills.
+        maxnreg=255 if rows < PADDING or (q.dtype == torch.float32 and arch(q.device) // 10 == 10) else None,
     )
     blocks = _bwd_blocks(arch(q.device), D, q.dtype, seed is not None, first is not None)
     (q, k, v, dout), boxes = walked(blocks["BLOCK_INNER"], head, q, k, v, dout)

@@ -69,37 +69,44 @@ def _fwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool, do
     between = 96 < head_size < 128  # in these ptxas needs more registers than at 128
     maxnreg = None
     if dtype == torch.float64:
-        m, n, stages, warps = 16, 16, 1, 4
+        m, n, stages, warps = 16, 16, 1, 8 if head_size > 64 and arch >= 120 else 4
+        maxnreg = 255 if arch >= 120 else None
     elif dtype == torch.float32:  # small enough for "ieee", whose products are unrolled into FMAs
         m, n, stages, warps = (64, 32, 2, 8) if head_size <= 64 else (32, 16, 2 if head_size <= 128 else 1, 8)
         # Where it is left alone, ptxas takes too few registers and spills:
         if ieee(dtype):
-            if dropout and head_size <= 64:
-                maxnreg = 168  # 128 with documents
-            elif 64 < head_size <= 128 and (
-                (arch // 10 == 8 and (arch > 80 or documents)) or (arch // 10 in (8, 9) and dropout)
-            ):
+            if documents and head_size <= 64 and arch >= 100:
+                maxnreg = 255
+            elif head_size <= 64 and (dropout or arch >= 100):
+                maxnreg = 168 if dropout else 128
+            elif 64 < head_size <= 128 and (arch // 10 in (8, 12) or (arch // 10 == 9 and dropout)):
                 maxnreg = 128
         elif documents and head_size < 64:
             maxnreg = 255
         elif dropout and head_size > 128:
             m = 16
+        elif dropout and head_size == 64 and arch == 80:
+            n, maxnreg = 16, 128  # of 32 keys Triton 3.6 spills an address, or takes a second program's registers
         if between:
             maxnreg = 255
     elif head_size <= 64:  # two programs an SM: one's exp2 runs under the other's products
         # 128 rows spill with documents where mma.sync holds them
         half = dropout or (documents and arch // 10 in (8, 12))
         m, n, stages, warps = 64 if half else 128, 64, 3, 4
+        if arch == 80 and not half:
+            stages = 2  # with two tiles ahead Triton 3.6 spills an address
         if documents and arch in (86, 89) and head_size < 64:
             maxnreg = 255
     elif head_size <= 128 and (wide or not between):
         n = 128 if arch // 10 == 9 and head_size % 8 == 0 else 64  # rows padded for their copies cost registers
         half = dropout or (documents and head_size > 96 and arch >= 120)
         m, n, stages, warps = 128, n // (2 if half else 1), 2, 8
+        if dropout and arch // 10 == 10 and not between:
+            m, n = 64, 64  # of 128 x 32 Triton 3.6 spills what two programs' registers can't hold
     elif head_size <= 128:
         m, n, stages, warps, maxnreg = 64, 64 if head_size % 8 == 0 else 16 if dropout else 32, 2, 8, 255
     else:
-        m, n, stages, warps = 128 if wide else 64, 16 if dropout else 32, 2, 8
+        m, n, stages, warps = 128 if wide else 64, 16 if dropout or (arch >= 120 and head_size <= 192) else 32, 2, 8
     return {"BLOCK_M": m, "BLOCK_N": n, "num_stages": stages, "num_warps": warps, "maxnreg": maxnreg}
 
 

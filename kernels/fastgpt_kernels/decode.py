@@ -14,7 +14,8 @@ Query t of row b sees keys first[b] .. lengths[b] - T + t. One program owns SPLI
 one query each and adds its splits up in their order. The grid depends on the capacity and the kernels read the length, so a
 step can be captured in a CUDA graph once and replayed as the cache grows; programs behind the length or before `first` write
 zeros. A split has a fixed size rather than a fixed share, so that a row's result, to the bit, depends on neither its batch
-mates nor the capacity. The first launch is also that of decode_token, which combines the splits itself.
+mates nor the capacity; it is shorter for the widest heads in fp32 and fp64, of which fewer keys fit a program. The first launch
+is also that of decode_token, which combines the splits itself.
 
 Bound by memory: 2 B H length D * itemsize bytes over the HBM rate, plus an eighth of an itemsize-2 cache's in partial results
 at D = 64 that stay in L2. A single query takes sums of fp32 products instead of `tl.dot`, whose smallest tile is 16 queries.
@@ -24,6 +25,8 @@ Source: Dao et al., 2023, https://pytorch.org/blog/flash-decoding/
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -31,7 +34,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._heads import add_dot, dot_heads, head_constants, load_head, scale_head, store_head, unit_last, zero_head
-from ._launch import arch, cdiv, check, check_device, check_float, launch, next_power_of_2, register
+from ._launch import cdiv, check, check_device, check_float, launch, next_power_of_2, register
 
 MAX_HEAD_SIZE = 256
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -42,6 +45,9 @@ SPLIT_KEYS = 64
 
 # Queries of one program where there are several: the least that `tl.dot` takes.
 QUERY_TILE = 16
+
+# Shared memory that a program has on the smallest GPU, an RTX's.
+SHARED_MEMORY = 101_376
 
 # Splits that the combining program loads at once.
 COMBINE_SPLITS = 16
@@ -66,6 +72,15 @@ def _add_weighted(acc, p, v, ACC: tl.constexpr):
         return first, acc[1] + tl.sum(tl.trans(p) * v[1].to(ACC), 0)[None, :]
 
 
+@triton.jit
+def _in_steps(stride, STEP: tl.constexpr):
+    """stride, a multiple of STEP, which the compiler learns here: it specialises for multiples of 16 alone."""
+    if STEP == 1:
+        return stride
+    else:
+        return stride // STEP * STEP
+
+
 @triton.jit(do_not_specialize=["T", "S"])
 def _decode_split_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, first_ptr, part_ptr, lse_ptr,
@@ -73,7 +88,7 @@ def _decode_split_kernel(
     stride_first, stride_lb, stride_lh, stride_lt, stride_ls,
     H, T, S,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, NEW: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, NEW: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -101,8 +116,10 @@ def _decode_split_kernel(
         store_head(part_ptr, rows, stride_lt * D, T, zero_head(BLOCK_T, BLOCK_D, BLOCK_E, ACC), D)
         return
 
-    k = load_head(k_ptr + b * stride_kb + h * stride_kh, cols, stride_ks, end, D, BLOCK_D, BLOCK_E, True)
-    v = load_head(v_ptr + b * stride_vb + h * stride_vh, cols, stride_vs, end, D, BLOCK_D, BLOCK_E, True)
+    k_ptr += b * _in_steps(stride_kb, STEP) + h * _in_steps(stride_kh, STEP)
+    v_ptr += b * _in_steps(stride_vb, STEP) + h * _in_steps(stride_vh, STEP)
+    k = load_head(k_ptr, cols, _in_steps(stride_ks, STEP), end, D, BLOCK_D, BLOCK_E, True)
+    v = load_head(v_ptr, cols, _in_steps(stride_vs, STEP), end, D, BLOCK_D, BLOCK_E, True)
     if BLOCK_T == 1:
         # Behind a barrier, or ptxas multiplies each piece of k as it comes and asks for the next one after that.
         tl.debug_barrier()
@@ -165,6 +182,28 @@ def _decode_combine_kernel(
     store_head(out_ptr + b * stride_ob + h * stride_oh, rows, stride_ot, T, out, D)
 
 
+def _split_keys(row_bytes: int, queries: int) -> int:
+    """SPLIT_KEYS, or fewer of the widest heads in 32 and 64 bits, `row_bytes` of a tile each.
+
+    One query has its keys in registers, 64 KB at most; several have keys and values in shared memory, for their products.
+    """
+    keys = SPLIT_KEYS
+    while keys > 16 and (
+        keys * row_bytes > 65536 or (queries > 1 and (2 * keys + QUERY_TILE) * row_bytes > SHARED_MEMORY)
+    ):
+        keys //= 2
+    return keys
+
+
+def _step(*tensors: Tensor) -> int:
+    """What divides all strides and addresses, up to 16 bytes, in elements; 1 where the compiler knows as much of the strides."""
+    strides = [stride for t in tensors for stride, size in zip(t.stride()[:3], t.shape[:3], strict=True) if size > 1]
+    if all(stride % 16 == 0 for stride in strides):
+        return 1
+    itemsize = tensors[0].itemsize
+    return math.gcd(16 // itemsize, *strides, *(t.data_ptr() // itemsize for t in tensors))
+
+
 def _split_warps(tile_bytes: int) -> int:
     """So that the keys of a program, and so its values, are at most 32 registers a thread where 16 warps are enough."""
     return min(max(next_power_of_2(tile_bytes) // 4096, 4), 16)
@@ -181,13 +220,13 @@ def attend_splits(
     """
     (B, H, T, D), S, block_t = q.shape, k_cache.shape[2], 1 if q.shape[2] == 1 else QUERY_TILE
     # Of split heads in 16 bits ptxas would rather spill an address there than fit fewer programs.
-    spills = block_t == 1 and first is not None and 64 < D <= 96 and q.dtype.itemsize == 2 and arch(q.device) < 100
+    spills = block_t == 1 and first is not None and 64 < D <= 96 and q.dtype.itemsize == 2
     launch(
         _decode_split_kernel, (B * H * cdiv(T, block_t) * cdiv(S, split_keys),),
         q, k_cache, v_cache, lengths, first, parts, lse,
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], lengths.stride(0),
         0 if first is None else first.stride(0), *lse.stride(), H, T, S,
-        BLOCK_T=block_t, BLOCK_N=split_keys, NEW=new, PDL=pdl, **head_constants(q),
+        BLOCK_T=block_t, BLOCK_N=split_keys, NEW=new, STEP=_step(k_cache, v_cache), PDL=pdl, **head_constants(q),
         num_warps=_split_warps(split_keys * D * k_cache.itemsize), maxnreg=128 if spills else None,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
@@ -207,19 +246,20 @@ def decode_attention_fwd(q, k_cache, v_cache, lengths, first):
     S = k_cache.shape[2]
     out = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
     q, k_cache, v_cache = unit_last(q.to(k_cache.dtype)), unit_last(k_cache), unit_last(v_cache)
-    splits = cdiv(S, SPLIT_KEYS)
+    head = head_constants(q)
+    split_keys = _split_keys((head["BLOCK_D"] + head["BLOCK_E"]) * q.itemsize, T)
+    splits = cdiv(S, split_keys)
     statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
     parts = torch.empty(B, H, T, splits, D, dtype=statistics, device=q.device)
     lse = torch.empty(B, H, T, splits, dtype=statistics, device=q.device)
-    attend_splits(q, k_cache, v_cache, lengths, parts, lse, SPLIT_KEYS, first)
-    head = head_constants(q)
+    attend_splits(q, k_cache, v_cache, lengths, parts, lse, split_keys, first)
     del head["PRECISION"]
     launch(
         _decode_combine_kernel,
         (B * H * T,),
         *(parts, lse, lengths, first, out, lengths.stride(0), 0 if first is None else first.stride(0)),
         *(*out.stride()[:3], H, T, S),
-        BLOCK_N=SPLIT_KEYS,
+        BLOCK_N=split_keys,
         BLOCK_S=COMBINE_SPLITS,
         **head,
         num_warps=4,

@@ -290,9 +290,14 @@ def _window(batch: int, source: str, warps: int, dtype: torch.dtype) -> int:
     return min(batch, 1 if warps == 16 else most)  # 16 warps have 128 registers a thread, at most
 
 
-def _combining_warps(block: int, splits: int) -> int:
-    """So that parts and lse of all splits, beside the weights, take 64 registers a thread."""
-    return min(max(block * splits // 1024, 4), 16)
+def _combining_warps(block: int, splits: int, batch: int, capability: int) -> int:
+    """So that parts and lse of all splits, beside the weights, take 64 registers a thread.
+
+    Of eight rows of wide models on sm100, Triton 3.6 needs more than the 128 that 16 warps have. With 8 warps of 185 one program
+    fits a multiprocessor too.
+    """
+    elements = 2048 if batch == 8 and block > 1024 and capability // 10 == 10 else 1024
+    return min(max(block * splits // elements, 4), 16)
 
 
 def _project(batch: int, width: int, multiprocessors: int) -> tuple[int, int | None]:
@@ -304,7 +309,7 @@ def _project(batch: int, width: int, multiprocessors: int) -> tuple[int, int | N
     have 16 warps with 128 registers: from 4 rows on 8 columns spill.
     """
     if next_power_of_2(width) > 1024:
-        return PROJECT_ROWS if batch < 4 else ROWS, None
+        return (PROJECT_ROWS, None) if batch < 4 else (ROWS, 1)
     if batch > 1 and cdiv(width, PROJECT_ROWS) > multiprocessors:
         return ROWS, 1
     return PROJECT_ROWS, None
@@ -381,7 +386,8 @@ def decode_token(
     check_token(tokens, positions, weights, keys, values)
     (_, B, H, _, D), C, layers = keys.shape, weights.norm.shape[0], weights.layers
     check(layers[0].up.shape[0] <= MAX_WIDTH, f"decode_token: the feed-forward part must be at most {MAX_WIDTH} wide")
-    check(not pdl or arch(tokens.device) >= 90, f"decode_token: pdl needs sm90 or later, got sm{arch(tokens.device)}")
+    capability = arch(tokens.device)
+    check(not pdl or capability >= 90, f"decode_token: pdl needs sm90 or later, got sm{capability}")
     x, q, part, lse, hidden, logits = buffers
     splits, launch_pdl = part.shape[1], {"launch_pdl": True} if pdl else {}
     block, strides, rows_b, dtype = next_power_of_2(C), keys.stride()[1:4], next_power_of_2(B), keys.dtype
@@ -395,7 +401,7 @@ def decode_token(
     ):
         N, K = out.shape[1], w.shape[1]
         block_k = next_power_of_2(K)
-        warps = _combining_warps(block_k, block_s) if source == "parts" else _warps(block_k)
+        warps = _combining_warps(block_k, block_s, rows_b, capability) if source == "parts" else _warps(block_k)
         if rows * block_k > 128 * 32 * warps:
             warps *= 2  # weights stay for all rows of the batch, and more than 128 a thread spill
         launch(

@@ -226,12 +226,13 @@ def layer_norm_fwd(x, residual, weight, bias, eps, dropout_p, seed, dtype):
         x.element_size(), (x if residual is None else residual).element_size()
     )  # y's has no part in its bits
     rows, chunk, num_warps = row_tile(N, itemsize, _FWD_LANE_COLUMNS)
+    ragged = seed is not None and N % chunk != 0 and arch(x.device) >= 120  # takes 136 registers
     launch(
         _layer_norm_fwd_kernel, (cdiv(M, rows),),
         x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), seed, y, total, mean, rstd,
         x.stride(0), 0 if residual is None else residual.stride(0), M, dropout_p, keep_scale(dropout_p),
         N=N, EPS=eps, ROWS=rows, CHUNK=chunk, ROW_COUNTERS=next_power_of_2(N), num_warps=num_warps,
-        maxnreg=128,  # far from reached: without a limit ptxas prefers a spill to losing a program on the multiprocessor
+        maxnreg=144 if ragged else 128,  # without a limit ptxas prefers a spill to losing a program on the multiprocessor
     )  # fmt: skip
     return outputs
 
@@ -271,7 +272,7 @@ def layer_norm_bwd(dy, dtotal, total, weight, bias, mean, rstd, dropout_p, seed,
     if arch(total.device) // 10 == 10 and (tight or medium):
         registers += 32  # sm100 computes on pairs of registers: they take 198 and 155
     resident, registers, stages = _residency(num_warps, registers, tile_bytes, shared_memory)
-    if arch(total.device) // 10 == 9 and (tight or medium) and dtotal is not None:
+    if arch(total.device) in (80, 90) and (tight or medium) and dtotal is not None:
         # With two tiles ahead Triton 3.6 spills an address. One tile of each program is some 50 KB a multiprocessor in flight.
         stages = min(stages, 2)
     programs = min(cdiv(M, max(rows, _MIN_ROWS)), resident * sm_count(total.device))

@@ -78,6 +78,14 @@ def test_float64(device):
 
 
 @pytest.mark.parametrize("T", [1, 3])
+def test_widest_heads(T, device, monkeypatch):
+    """Splits are shorter where 64 keys and values of a head wouldn't fit a program."""
+    monkeypatch.setattr(module, "SPLIT_KEYS", 64)
+    for D in (130, 256):
+        compare(decode_attention, *problem(2, 1, T, 70, D, [70, 9], torch.float64, device))
+
+
+@pytest.mark.parametrize("T", [1, 3])
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if not name.startswith("one ")])
 def test_layouts(layout, T, device):
     q, k, v, lengths = problem(2, 2, T, 40, 16, [40, 21], torch.float16, device, unused=1.0)
@@ -227,7 +235,8 @@ def test_offsets_beyond_int32(device):
         (1, "total += tl.sum(weights, 0)", "total += tl.sum(weights, 0) * 0.99"),
         (1, "m + tl.log2(l)", "m"),
         (1, "scale_head(part, (1.0 / l)[:, None])", "part"),
-        (1, "b * stride_vb + h * stride_vh", "h * stride_vb + b * stride_vh"),
+        (1, "v_ptr += b * _in_steps(stride_vb, STEP)", "v_ptr += h * _in_steps(stride_vb, STEP)"),
+        (1, "stride // STEP * STEP", "stride // STEP"),
         (1, "* D**-0.5", "* D**-0.4"),
         (3, "length - T + rows[:, None]", "length - T + rows[:, None] + 1"),
         (3, "length - T + rows[:, None]", "length - T"),
@@ -245,7 +254,7 @@ def test_mutants_are_caught(T, original, changed):
     broken = small_splits(mutant("decode", original, changed))
     first = torch.tensor([20, 0, 7], dtype=torch.int32)
     with pytest.raises(AssertionError):
-        compare(broken.decode_attention, *problem(3, 2, T, 40, 16, [40, 2, 18]), first)
+        compare(broken.decode_attention, *problem(3, 2, T, 40, 24, [40, 2, 18]), first)
 
 
 @pytest.mark.gpu
