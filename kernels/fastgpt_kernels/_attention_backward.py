@@ -59,8 +59,8 @@ PADDING = 128
 def _statistics_rows(head_size: int, dtype: torch.dtype) -> int:
     """Rows of out and dout to a program of the kernel that writes them, a streaming one: 16 KB of each at D = 64 in 16 bits.
 
-    Few where they come in more registers: in fp64, in fp32 over 96 wide but for 128, and where 16-bit rows aren't multiples of
-    16 bytes and so come element by element.
+    Half where heads are over 128 wide. Few where they come in more registers: in fp64, in fp32 over 96 wide but for 128, and
+    where 16-bit rows aren't multiples of 16 bytes and so come element by element.
     """
     spread = head_size % 8 if dtype.itemsize == 2 else head_size > 96 and head_size != 128
     if head_size <= 64 or not (spread or dtype == torch.float64):
@@ -89,15 +89,13 @@ def _bwd_blocks(arch: int, head_size: int, dtype: torch.dtype, dropout: bool, do
                 maxnreg = 128 if dropout and head_size <= 96 and arch == 80 else None
             elif between:
                 maxnreg = 255
-            elif (
-                arch // 10 == 10 and head_size <= 96
-            ):  # 64 rows are what a product of tensor memory takes; of fewer it spills
-                m, n = 32, 64
+            elif arch // 10 == 10 and head_size <= 96:
+                m, n = 32, 64  # the rows that a product in tensor memory takes; with fewer, in registers, ptxas spills
     elif head_size > 128:
         m, n, stages, warps, maxnreg = 32, 32, 1, 8, 255
     elif arch // 10 in (9, 10):
-        narrow = head_size > 64 and (dropout or (documents and head_size > 96 and arch < 100) or between)
-        narrow = narrow or (documents and 32 < head_size < 64 and arch >= 100)
+        spills = (head_size > 96 and arch < 100) or (32 < head_size < 64 and arch >= 100)  # with documents
+        narrow = (head_size > 64 and (dropout or between)) or (documents and spills)
         m, n = 32 if narrow else 64, 64 if dropout and ((documents and head_size > 96) or between) else 128
         # Of D = 128 in two stages, ptxas spills 16 bytes on sm90.
         deep = head_size <= 64 or (head_size > 96 and not narrow and arch // 10 == 9)

@@ -306,7 +306,7 @@ def _project(batch: int, width: int, multiprocessors: int) -> tuple[int, int | N
     From 2 rows on, 8 columns with two rows' parts take up to 188 registers of 8 warps: one program a multiprocessor. That is
     one round of GPT-2's 96 programs on the 108 of an A100 or the 132 of an H100, and two on the 84 of an RTX 3090. With 4
     columns and one row's parts there (80 registers in 16 bits), three programs fit, and all 192 run at once. Wider models
-    have 16 warps with 128 registers: from 4 rows on 8 columns spill.
+    have 16 warps with 128 registers: from 4 rows on 8 columns spill, and 4 have one row's parts in flight.
     """
     if next_power_of_2(width) > 1024:
         return (PROJECT_ROWS, None) if batch < 4 else (ROWS, 1)
